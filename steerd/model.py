@@ -1,0 +1,133 @@
+"""The nouns that every part shares: values without behaviour that reads or writes anything.
+
+Addresses are kept as packed bytes wherever a packet is near (4 bytes IPv4, 16 bytes IPv6, network order), because
+that is what a header holds; `str` forms exist only for people.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from typing import NamedTuple
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+TCP = 6
+UDP = 17
+PROTOCOL_NAMES = {TCP: "tcp", UDP: "udp"}
+PROTOCOL_NUMBERS = {"tcp": TCP, "udp": UDP}
+
+Keys = dict[str, str]
+"""What inspection found, by name: {"http.host": "a.example", "portext.dst": "7"}. Values are text; payload bytes that
+are not text are mapped one byte to one character (latin-1), so that nothing is lost and nothing can fail."""
+
+
+class Answer(enum.Enum):
+    """What a parser says when it has no keys (yet)."""
+
+    NEED_MORE = "need-more"
+    """The bytes so far are a proper beginning of this protocol, and more of them could change the answer."""
+    NOT_MINE = "not-mine"
+    """Whatever follows, this is not the parser's protocol (or it is malformed)."""
+
+
+class Extension(NamedTuple):
+    """A port extension as a packet carried it: 16 more bits for each port; 0 means "not extended"."""
+
+    dst: int
+    src: int
+
+
+class Endpoint(NamedTuple):
+    """A public `address:port/proto`, or an inclusive range of ports on one address."""
+
+    address: IPAddress
+    first_port: int
+    last_port: int
+    protocol: int
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        ports = str(self.first_port) if self.first_port == self.last_port else f"{self.first_port}-{self.last_port}"
+        return f"{host}:{ports}/{PROTOCOL_NAMES[self.protocol]}"
+
+
+class Target(NamedTuple):
+    """Where a connection is steered to. Port 0 stands for `same`: the port the client used."""
+
+    address: IPAddress
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{host}:{self.port or 'same'}"
+
+
+class Match(enum.Enum):
+    """How a route's value is compared with a key."""
+
+    EXACT = "exact"
+    SUFFIX = "suffix"
+    """Written `*.example`: the key ends with `.example` (and has something before it)."""
+    PREFIX = "prefix"
+    """Written `/api/*`: the key begins with `/api/`."""
+
+
+class Condition(NamedTuple):
+    """One `key = value` of a route; `value` is the text without its `*`."""
+
+    key: str
+    match: Match
+    value: str
+
+
+class Route(NamedTuple):
+    """Conditions that must all hold, perhaps a source prefix, and at most one target of each address family."""
+
+    name: str
+    """Where it was written, for people: `services.web.routes[3]`."""
+    conditions: tuple[Condition, ...]
+    source: IPNetwork | None
+    targets: tuple[Target, ...]
+
+
+class Reason(enum.IntEnum):
+    """Why a packet was answered as it was. Closed: one decision has one reason, one counter, one log line.
+
+    The number is the slot of its counter in shared memory: append, never reorder.
+    """
+
+    ROUTE = 0
+    """A route matched."""
+    ARITHMETIC = 1
+    """`extension_pool` mapped the extension onto a pool."""
+    DEFAULT = 2
+    """Keys were found, nothing matched them, and the service has a default target."""
+    UNMATCHED = 3
+    """Keys were found, nothing matched them, and the service has no default target."""
+    UNEXTENDED_PASS = 4
+    """No extension, and `unextended = "pass"`: left to the gateway's own socket."""
+    UNEXTENDED_DEFAULT = 5
+    """No extension, and `unextended = "default"`."""
+    UNEXTENDED_UNMATCHED = 6
+    """No extension, and `unextended = "unmatched"`."""
+    NO_FAMILY = 7
+    """What matched has no target of the client's address family."""
+    NO_ENDPOINT = 8
+    """Not an endpoint of the configuration in force (a packet that was under way during a reload): dropped."""
+    NOT_READABLE = 9
+    """Headers that end too early or contradict each other: dropped."""
+    NOT_LOADED = 10
+    """The kernel refused the target's map element: dropped, since the packet could only have gone astray."""
+    FAULT = 11
+    """An exception while deciding: dropped, counted, logged once."""
+
+
+class Outcome(enum.Enum):
+    """What is done with the packet."""
+
+    STEER = "steer"
+    PASS = "pass"
+    RESET = "reset"
+    DROP = "drop"
