@@ -1,0 +1,61 @@
+"""Pools: prefixes whose addresses are aliases, numbered from 0 in each address family by itself.
+
+Every address of a prefix counts, the first and the last one too: an alias is a host route of its own (/32, /128), so
+nothing in a prefix is a "network" or a "broadcast" address.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from steerd.model import IPAddress, IPNetwork
+
+Mode = Literal["addresses", "anyip"]
+
+
+class Block(NamedTuple):
+    """`length` consecutive addresses from `first` on."""
+
+    first: IPAddress
+    length: int
+
+
+class Pool(NamedTuple):
+    """Prefixes in the order they were written; `size` (if any) keeps the first so many addresses of each family."""
+
+    name: str
+    prefixes: tuple[IPNetwork, ...]
+    mode: Mode = "addresses"
+    size: int | None = None
+
+    def blocks(self, version: int) -> list[Block]:
+        """The pool's aliases of one address family (4 or 6) as runs of consecutive addresses, in index order."""
+        left = self.size
+        blocks = []
+        for prefix in self.prefixes:
+            if prefix.version != version:
+                continue
+            count = prefix.num_addresses if left is None else min(left, prefix.num_addresses)
+            if count:
+                blocks.append(Block(prefix.network_address, count))
+            left = None if left is None else left - count
+        return blocks
+
+    def alias_count(self, version: int) -> int:
+        """How many aliases of one address family the pool has."""
+        return sum(block.length for block in self.blocks(version))
+
+    def address(self, version: int, index: int) -> IPAddress:
+        """The alias with this index; raises IndexError outside 0 .. alias_count - 1."""
+        if index >= 0:
+            for block in self.blocks(version):
+                if index < block.length:
+                    return block.first + index
+                index -= block.length
+        raise IndexError(f"pool {self.name} has no such IPv{version} alias")
+
+    def __contains__(self, address: object) -> bool:
+        """Whether an address is one of the pool's aliases."""
+        if not isinstance(address, IPAddress):
+            return False
+        return any(0 <= int(address) - int(block.first) < block.length for block in self.blocks(address.version))
