@@ -1,0 +1,221 @@
+"""What every parser promises (`wire/parser.py`), swept over the registry, and what option reading promises.
+
+A parser that is added to the registry is tested here without a change; files in tests/vectors that begin with its name
+are mutated for it.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerd.model import Answer, Extension, Keys
+from steerd.wire import packet, portext
+from steerd.wire.portext import MALFORMED, Numbers
+from steerd.wire.registry import REGISTRY, Inspect, Parser
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+PATTERNS = ("", "G", "GET /", "GET /api", "SSH-2.0-", "\x16\x03\x01", "\xff")
+FUZZED_PACKETS = 150_000
+
+parsers = pytest.mark.parametrize("parser", REGISTRY.values(), ids=REGISTRY.keys())
+
+
+def examples(parser: Parser) -> list[bytes]:
+    """Real beginnings of the parser's protocol, for mutation."""
+    files = sorted(VECTORS.glob(f"{parser.name}-*.bin"))
+    return [file.read_bytes() for file in files] or [pattern.encode("latin-1") + b"more" for pattern in PATTERNS]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, originals: list[bytes]) -> bytes:
+    """A real example with some stretches replaced, removed or doubled, and something behind it."""
+    data = bytearray(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.integers(start, min(len(data), start + 8)))
+        data[start:end] = draw(st.binary(max_size=4) | st.sampled_from([b"\r", b"\n", b"\r\n", b" ", b":", b"\x00"]))
+    return bytes(data) + draw(st.binary(max_size=20))
+
+
+def inputs(parser: Parser) -> st.SearchStrategy[bytes]:
+    return st.binary(max_size=200) | mutated(examples(parser))
+
+
+def inspectors(parser: Parser) -> list[Inspect]:
+    """The parser as services make it: without routes of its own, and with some."""
+    return [parser.make(()), parser.make(PATTERNS[1:]), parser.make(PATTERNS)]
+
+
+def check_form(parser: Parser, answer: Keys | Answer) -> None:
+    """An answer is one of the two words, or keys that the parser has announced, with text of single bytes."""
+    if isinstance(answer, Answer):
+        return
+    assert all(parser.gives(key) for key in answer)
+    assert all(text.isascii() or max(text) <= "\xff" for text in answer.values())
+
+
+@parsers
+def test_the_answer_does_not_depend_on_how_the_bytes_were_cut(parser: Parser) -> None:
+    """The first answer other than NEED_MORE is the answer for every longer input, byte by byte."""
+
+    @settings(max_examples=200, deadline=None)
+    @given(inputs(parser))
+    def check(data: bytes) -> None:
+        for inspect in inspectors(parser):
+            final: Keys | Answer = Answer.NEED_MORE
+            for length in range(len(data) + 1):
+                answer = inspect(data[:length])
+                check_form(parser, answer)
+                assert final is Answer.NEED_MORE or answer == final, (length, final, answer)
+                final = answer
+
+    check()
+
+
+@parsers
+def test_real_beginnings_are_understood(parser: Parser) -> None:
+    inspect = parser.make(PATTERNS)
+    assert all(isinstance(inspect(data), dict) for data in examples(parser))
+
+
+@parsers
+def test_the_bound_is_kept(parser: Parser) -> None:
+    """With `bound` bytes there is an answer, and no byte behind them changes it."""
+
+    @settings(max_examples=100, deadline=None)
+    @given(inputs(parser), st.binary(min_size=1, max_size=8), st.binary(max_size=40))
+    def check(data: bytes, filler: bytes, behind: bytes) -> None:
+        at_bound = (data + filler * parser.bound)[: parser.bound]
+        for inspect in inspectors(parser):
+            answer = inspect(at_bound)
+            assert answer is not Answer.NEED_MORE
+            assert inspect(at_bound + behind) == answer
+
+    check()
+
+
+# Option reading
+
+u16 = st.integers(0, 0xFFFF)
+extensions = st.builds(Extension, u16, u16)
+option_types = st.integers(2, 255)
+numbers = st.builds(Numbers, option_types, option_types, option_types, u16)
+
+
+def tcp(options: bytes) -> bytes:
+    """A SYN's TCP header; options in whole 32-bit words."""
+    return struct.pack("!HHIIBBHHH", 40000, 443, 1, 0, (20 + len(options)) // 4 << 4, packet.SYN, 65535, 0, 0) + options
+
+
+def ipv4(options: bytes, body: bytes) -> bytes:
+    header = 20 + len(options)
+    start = struct.pack("!BBHHHBBH", 0x40 | header // 4, 0, header + len(body), 0, 0, 64, 6, 0)
+    return start + bytes([198, 51, 100, 7, 203, 0, 113, 10]) + options + body
+
+
+def ipv6(extension_headers: list[tuple[int, bytes]], body: bytes) -> bytes:
+    """Extension headers as (their own type, their bytes); the first byte of each is set to what follows it."""
+    types = [number for number, _ in extension_headers] + [6]
+    headers = (header for _, header in extension_headers)
+    chain = b"".join(bytes([following]) + header[1:] for following, header in zip(types[1:], headers, strict=True))
+    return struct.pack("!IHBB", 6 << 28, len(chain) + len(body), types[0], 64) + bytes(32) + chain + body
+
+
+def found_in(data: bytes, known: Numbers) -> object:
+    read = packet.parse(data)
+    assert read is not None
+    return portext.find(read, known)
+
+
+@settings(max_examples=300, deadline=None)
+@given(extensions, numbers)
+def test_what_is_encoded_is_found(extension: Extension, known: Numbers) -> None:
+    expected = None if extension == (0, 0) else extension
+    by_ipv4, by_tcp = portext.encode_ipv4(extension, known), portext.encode_tcp(extension, known)
+    header = portext.encode_ipv6(extension, known)
+    assert found_in(ipv4(by_ipv4, tcp(b"")), known) == expected
+    assert found_in(ipv4(b"", tcp(by_tcp)), known) == expected
+    assert found_in(ipv6([(packet.DESTINATION_OPTIONS, header)], tcp(b"")), known) == expected
+    assert found_in(ipv6([], tcp(by_tcp)), known) == expected
+    assert found_in(ipv4(by_ipv4, tcp(by_tcp)), known) is MALFORMED
+    assert found_in(ipv6([(packet.DESTINATION_OPTIONS, header)] * 2, tcp(b"")), known) is MALFORMED
+
+
+@settings(max_examples=300, deadline=None)
+@given(u16, st.integers(1, 0xFFFF))
+def test_split_is_the_inverse_of_the_extended_port(extension: int, port: int) -> None:
+    assert portext.split(extension * 65536 + port) == (extension, port)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from([b"", b"\x45", b"\x4f", b"\x60"]), st.binary(max_size=120))
+def test_arbitrary_bytes_never_raise(beginning: bytes, rest: bytes) -> None:
+    data = beginning + rest
+    read = packet.parse(data)
+    if read is not None:
+        assert read.payload in data
+        assert portext.find(read, Numbers()) is not Extension(0, 0)
+
+
+def fuzzed(count: int) -> Iterator[bytes]:
+    """`count` packets: extended SYNs of both families and all carriers with bytes changed, removed or inserted, in the
+    option areas more often than elsewhere. The same ones in every run."""
+    chance = random.Random(4727)
+    known = Numbers()
+    ours = Extension(7, 9)
+    destination = portext.encode_ipv6(ours, known)
+    usual = bytes.fromhex("020405b4 0402 080a0000000100000000 01 030307")
+    seeds = [
+        ipv4(portext.encode_ipv4(ours, known), tcp(usual)),
+        ipv4(b"\x94\x04\x00\x00" + portext.encode_ipv4(ours, known) * 2, tcp(b"")),
+        ipv4(b"", tcp(usual + portext.encode_tcp(ours, known))),
+        ipv4(b"", tcp(portext.encode_tcp(ours, known) * 2)),
+        ipv6([], tcp(usual + portext.encode_tcp(ours, known))),
+        ipv6([(60, destination)], tcp(usual)),
+        ipv6([(0, bytes(8)), (60, destination), (43, bytes(8)), (44, bytes(8)), (60, destination)], tcp(usual)),
+        ipv6([(60, destination)] * 9, tcp(b"")),
+    ]
+    interesting = (0, 1, 2, 3, 4, 6, 8, 0x1E, 0x3C, 0x53, 0x54, 0x9E, 0xFD, 0xFF)
+    for _ in range(count):
+        data = bytearray(chance.choice(seeds))
+        for _ in range(chance.randrange(1, 5)):
+            at = chance.randrange(20 if chance.random() < 0.8 else 0, len(data))
+            way = chance.random()
+            if way < 0.6:
+                data[at] = chance.choice(interesting)
+            elif way < 0.8:
+                del data[at : at + chance.randrange(1, 9)]
+            else:
+                data[at:at] = bytes(chance.randrange(1, 5))
+            if len(data) <= 20:
+                break
+        yield bytes(data)
+
+
+def test_fuzzed_options_never_raise_and_never_read_outside() -> None:
+    known = Numbers()
+    outcomes = {"unreadable": 0, "none": 0, "malformed": 0, "extension": 0}
+    for data in fuzzed(FUZZED_PACKETS):
+        read = packet.parse(data)
+        if read is None:
+            outcomes["unreadable"] += 1
+            continue
+        assert len(read.ip_options) <= 40
+        assert len(read.tcp_options) <= 40
+        assert read.payload in data
+        found = portext.find(read, known)
+        if isinstance(found, Extension):
+            outcomes["extension"] += 1
+            carried = struct.pack("!HHH", known.exid, *found)
+            assert carried in read.ip_options or carried in read.dst_options or carried in read.tcp_options
+        else:
+            outcomes["none" if found is None else "malformed"] += 1
+    assert sum(outcomes.values()) == FUZZED_PACKETS
+    assert min(outcomes.values()) > FUZZED_PACKETS // 100, f"the packets are too much alike: {outcomes}"
