@@ -1,0 +1,165 @@
+#!/bin/sh
+# Loads the steerd table into the kernel, or takes it away again. The running daemon does the same by itself; this is
+# for a boot that must fail closed before the daemon is up, for looking, and for cleaning up.
+#
+# The table comes from steerd.nft beside this script and nowhere else. Its placeholders are filled in here exactly as
+# `steerd` does it; the sets (endpoints, aliases, targets) stay empty until the daemon fills them.
+set -eu
+
+usage() {
+	cat <<'USAGE'
+usage: install.sh [ACTION] [OPTION...]
+
+  (no action)        load the table; loading it again changes rules only and keeps sets, counters and chain admit
+  --check            say whether the kernel would take it; changes nothing
+  --print            print what would be loaded; changes nothing
+  --uninstall        remove the table, and the queue rules of the fall-back, whole
+
+  --mark-bits L-H    the bits of the packet mark that are ours (8-31); the same as gateway.mark_bits
+  --queues N         workers, one queue each (1); the same as gateway.workers
+  --first-queue N    number of the first queue (21300); the same as gateway.first_queue
+  --set NAME=VALUE   another placeholder of steerd.nft, such as SOURCE_RATE=5000
+  --native, --fallback
+                     with the kernel's `queue` statement, or by way of iptables-nft; found out by asking the kernel
+USAGE
+}
+
+die() {
+	echo "install.sh: $*" >&2
+	exit 1
+}
+
+here=$(cd "$(dirname "$0")" && pwd)
+template=$here/steerd.nft
+action=install low=8 high=31 queues=1 first_queue=21300 queueing=ask overrides=
+
+# integer NAME VALUE LOWEST HIGHEST: a whole number in a range, or the end.
+integer() {
+	case $2 in '' | *[!0-9]*) die "$1 must be a whole number, not '$2'" ;; esac
+	{ [ "$2" -ge "$3" ] && [ "$2" -le "$4" ]; } || die "$1 must be $3 to $4, not $2"
+}
+
+while [ $# -gt 0 ]; do
+	case $1 in
+	--check | --print | --uninstall) action=${1#--} ;;
+	--native | --fallback) queueing=${1#--} ;;
+	--mark-bits | --queues | --first-queue | --set)
+		[ $# -ge 2 ] || die "$1 needs a value"
+		case $1 in
+		--mark-bits) low=${2%-*} high=${2#*-} ;;
+		--queues) queues=$2 ;;
+		--first-queue) first_queue=$2 ;;
+		--set)
+			grep -q "^#! __${2%%=*}__ *[0-9][0-9]* " "$template" || die "steerd.nft has no number called ${2%%=*}"
+			integer "${2%%=*}" "${2#*=}" 1 4294967295
+			overrides="$overrides $2"
+			;;
+		esac
+		shift
+		;;
+	-h | --help) usage && exit 0 ;;
+	*) usage >&2 && die "unknown argument: $1" ;;
+	esac
+	shift
+done
+
+integer "--mark-bits (low end)" "$low" 0 31
+integer "--mark-bits (high end)" "$high" "$low" 31
+[ $((high - low)) -ge 19 ] || die "--mark-bits must be at least 20 bits wide, not $((high - low + 1))"
+integer --queues "$queues" 1 64
+integer --first-queue "$first_queue" 0 $((65536 - queues))
+
+hex() { printf '0x%08x' "$1"; }
+mask=$((((1 << (high - low + 1)) - 1) << low))
+clear=$((~mask & 0xffffffff))
+waiting=$((1 << high))
+seed=0x5354
+
+# queue_rules FIELDS: hand a packet to a worker, chosen by a hash of these fields (see _queue_rules in ruleset.py).
+queue_rules() {
+	if [ "$queueing" = native ]; then
+		printf "queue to jhash %s mod %d seed $seed offset %d\n" "$1" "$queues" "$first_queue"
+		return
+	fi
+	n=0
+	while [ "$n" -lt "$queues" ]; do
+		[ "$n" -eq 0 ] || printf '\t\t'
+		printf "jhash %s mod %d seed $seed %d meta mark set meta mark & %s | %s accept\n" \
+			"$1" "$queues" "$n" "$(hex "$clear")" "$(hex $((waiting | n << low)))"
+		n=$((n + 1))
+	done
+}
+
+# sed_value TEXT: a text as the right side of sed's s///, line ends kept.
+sed_value() {
+	printf '%s' "$1" | sed -e 's/[\\&/]/\\&/g' -e '$!s/$/\\/'
+}
+
+render() {
+	set -- \
+		-e "s/__MASK__/$(hex $mask)/g" -e "s/__CLEAR__/$(hex $clear)/g" \
+		-e "s/__RESET__/$(hex $((1 << low)))/g" -e "s/__STALE__/$(hex $((2 << low)))/g" \
+		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . tcp sport')")/" \
+		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . tcp sport')")/"
+	for pair in $overrides; do
+		set -- "$@" -e "s/__${pair%%=*}__/${pair#*=}/g"
+	done
+	# What nobody has set has its default in the list on top of the template.
+	defaults=$(sed -n 's/^#! \(__[A-Z0-9_]*__\) *\([0-9][0-9]*\) .*/s,\1,\2,g/p' "$template")
+	sed -e '/^#/b' "$@" -e "$defaults" "$template"
+}
+
+kernel_has_queue() {
+	echo 'table inet steerd_probe { chain probe { queue num 0 ; } ; }' | nft --check -f - 2>/dev/null
+}
+
+remove_fallback() {
+	for tool in iptables-nft ip6tables-nft; do
+		command -v $tool >/dev/null 2>&1 || continue
+		$tool -t mangle -S STEERD >/dev/null 2>&1 || continue
+		while $tool -t mangle -D PREROUTING -j STEERD 2>/dev/null; do :; done
+		$tool -t mangle -F STEERD
+		$tool -t mangle -X STEERD
+	done
+}
+
+install_fallback() {
+	for tool in iptables-nft ip6tables-nft; do
+		command -v $tool >/dev/null 2>&1 || die "this kernel has no nft queue (CONFIG_NFT_QUEUE), and $tool is not installed"
+		{
+			printf '*mangle\n:STEERD - [0:0]\n'
+			n=0
+			while [ "$n" -lt "$queues" ]; do
+				printf -- '-A STEERD -m mark --mark 0x%x/0x%x -j NFQUEUE --queue-num %d\n' \
+					$((waiting | n << low)) $mask $((first_queue + n))
+				n=$((n + 1))
+			done
+			echo COMMIT
+		} | $tool-restore --noflush
+		$tool -t mangle -C PREROUTING -j STEERD 2>/dev/null || $tool -t mangle -A PREROUTING -j STEERD
+	done
+}
+
+command -v nft >/dev/null 2>&1 || die "nft is not installed"
+if [ "$queueing" = ask ]; then
+	if kernel_has_queue; then queueing=native; else queueing=fallback; fi
+fi
+
+case $action in
+print) render ;;
+check)
+	render | nft --check -f -
+	echo "ok: the kernel takes the table (queue: $queueing)"
+	;;
+install)
+	# First the rules that take marked packets, then the table that marks them: in between nothing is let through.
+	if [ "$queueing" = native ]; then remove_fallback; else install_fallback; fi
+	render | nft -f -
+	echo "table inet steerd is loaded (queue: $queueing, queues $first_queue to $((first_queue + queues - 1)))"
+	;;
+uninstall)
+	printf 'add table inet steerd\ndelete table inet steerd\n' | nft -f -
+	remove_fallback
+	echo "table inet steerd is gone"
+	;;
+esac

@@ -1,0 +1,97 @@
+"""`steerctl`: for operators. Looks at a running steerd, and probes an extended port from a client's side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from steerd import config as configuration
+from steerd.cli.main import DEFAULT_CONFIG, EXIT_BAD_CONFIG, EXIT_FAILED, ConfigFile
+from steerd.errors import ConfigError, SteerdError
+from steerd.telemetry.counters import Counters, Extra
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.command()
+def status(file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """What the workers decided, what the kernel's table counted, and how the queues stand."""
+    from steerd import daemon
+    from steerd.kernel import queue, ruleset
+
+    gateway = configuration.load(file).gateway
+    counters = Counters.open(Path(gateway.run_dir) / "counters")
+    console = Console()
+
+    decisions = Table("decisions by reason", "packets", title="workers")
+    for reason, count in daemon.total_decisions(counters).items():
+        if count:
+            decisions.add_row(reason, f"{count:,}")
+    for extra in Extra:
+        decisions.add_row(extra.name.lower(), f"{counters.total(extra):,}")
+    console.print(decisions)
+
+    kernel = Table("counter", "packets", title="table inet steerd")
+    for name, packets in sorted(ruleset.counters().items()):
+        kernel.add_row(name, f"{packets:,}")
+    console.print(kernel)
+
+    queues = Table("queue", "owner", "waiting", "dropped: queue full", "dropped: socket full", title="queues")
+    states = queue.states()
+    for number in range(gateway.first_queue, gateway.first_queue + gateway.workers):
+        if (state := states.get(number)) is None:
+            queues.add_row(str(number), "nobody: its packets are dropped", "", "", "")
+        else:
+            dropped = (f"{state.queue_dropped:,}", f"{state.user_dropped:,}")
+            queues.add_row(str(number), str(state.owner), f"{state.waiting:,}", *dropped)
+    console.print(queues)
+
+
+@app.command()
+def probe(
+    host: Annotated[str, typer.Argument(help="Name or address.")],
+    port: Annotated[int, typer.Argument(help="1..4294967295; above 65535 it is an extended port.", min=1)],
+    extension: Annotated[
+        int | None, typer.Option(help="Destination extension; default: the port's upper bits.")
+    ] = None,
+    source_extension: Annotated[int, typer.Option(help="Source extension.")] = 0,
+    via: Annotated[Literal["ip", "tcp"], typer.Option(help="The header that carries the option.")] = "ip",
+    max_hops: Annotated[int, typer.Option(help="Hops to try.")] = 30,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for each answer.")] = 1.0,
+) -> None:
+    """Send SYNs that carry a port extension, hop by hop, and say in words what came back. Needs root."""
+    from steerd.cli import probe as probing
+
+    sys.exit(
+        probing.probe(
+            host,
+            port,
+            extension=extension,
+            source_extension=source_extension,
+            via=via,
+            max_hops=max_hops,
+            timeout=timeout,
+            out=typer.echo,
+        )
+    )
+
+
+def main() -> None:
+    """The console script. Exit status: 0 fine, 1 failed, 2 bad configuration or usage."""
+    try:
+        app()
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(EXIT_BAD_CONFIG)
+    except (SteerdError, ValueError) as error:
+        typer.echo(f"steerctl: {error}", err=True)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

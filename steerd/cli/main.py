@@ -1,0 +1,89 @@
+"""`steerd`: run the daemon, check a configuration, take everything away."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from steerd import config as configuration
+from steerd.cli import live
+from steerd.errors import ConfigError, SteerdError
+
+DEFAULT_CONFIG = Path("/etc/steerd/steerd.toml")
+EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+ConfigFile = Annotated[Path, typer.Argument(help="The configuration, in TOML.", metavar="FILE")]
+
+
+@app.command()
+def run(file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Run the daemon in the foreground: it logs to standard error, reloads on SIGHUP, stops on SIGTERM."""
+    from steerd import daemon
+
+    with _progress("aliases") as progress:
+        daemon.run(configuration.load(file), progress)
+
+
+@app.command()
+def check(
+    file: ConfigFile = DEFAULT_CONFIG,
+    on_machine: Annotated[bool, typer.Option("--live", help="Look at this machine too (as root).")] = False,
+) -> None:
+    """Say `ok`, or one line for every mistake (exit status 2). Changes nothing."""
+    config = configuration.load(file)
+    if on_machine:
+        problems = live.check(config)
+        if problems:
+            raise ConfigError(str(file), problems)
+    typer.echo("ok")
+
+
+@app.command()
+def down(file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Remove the nft table and all aliases. The daemon must be stopped; connections that are steered now will break."""
+    from steerd import daemon
+
+    changes = daemon.down(configuration.load(file))
+    typer.echo(f"table inet steerd and {changes.removed} aliases removed")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if done >= total:
+                progress.stop()
+
+        yield show
+
+
+def main() -> None:
+    """The console script. Exit status: 0 fine, 1 failed, 2 bad configuration or usage."""
+    try:
+        app()
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(EXIT_BAD_CONFIG)
+    except SteerdError as error:
+        typer.echo(f"steerd: {error}", err=True)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

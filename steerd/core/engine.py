@@ -1,0 +1,219 @@
+"""From a packet to a decision. Pure: the plan and the packet go in, a decision comes out.
+
+A plan is a configuration after compilation: target ids instead of addresses, probes instead of routes. The main
+process writes it into the registry, every worker reads it from there, and both see the same one.
+
+How a SYN is decided:
+1. The endpoint it was sent to names the service.
+2. The service's parsers are asked in `inspect` order; their keys are put together. A payload parser that needs more
+   bytes than a SYN holds (Fast Open) gives nothing here and holds back those behind it.
+3. The best route for these keys and this source wins (core.router says which is best). Without one, `extension_pool`
+   maps the extension by arithmetic. Without that, `unextended` speaks for a SYN that carries nothing to go by, and
+   `default` or `unmatched` for one that does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from steerd.core.router import Probe, lookup
+from steerd.model import Answer, Extension, Keys, Outcome, Reason
+from steerd.wire import portext
+from steerd.wire.packet import Packet
+from steerd.wire.registry import REGISTRY, Inspect
+
+NO_TARGET = 0
+NOT_EXTENDED = Extension(0, 0)
+
+
+class TargetIds(msgspec.Struct, frozen=True, array_like=True):
+    """The ids of what one route or default steers to, one for each address family; NO_TARGET where it has none."""
+
+    ipv4: int = NO_TARGET
+    ipv6: int = NO_TARGET
+
+    def pack(self) -> bytes:
+        """8 bytes, for the registry: two 32-bit numbers in network order."""
+        return self.ipv4.to_bytes(4, "big") + self.ipv6.to_bytes(4, "big")
+
+
+class IdBlock(msgspec.Struct, frozen=True, array_like=True):
+    """Target ids `first_id` .. `first_id + length - 1` stand for as many aliases in a row."""
+
+    first_id: int
+    length: int
+
+
+class Mapping(msgspec.Struct, frozen=True, array_like=True):
+    """`extension_pool`: the extension (or extended port) `first + i` means the i-th alias of the client's family."""
+
+    by_extended_port: bool
+    first: int
+    ipv4: list[IdBlock]
+    ipv6: list[IdBlock]
+
+    def target_id(self, extension: Extension, dport: int, version: int) -> int:
+        """The id of the alias that an extension stands for; NO_TARGET if it lies outside the pool."""
+        if not extension.dst:
+            return NO_TARGET
+        number = extension.dst * 65536 + dport if self.by_extended_port else extension.dst
+        index = number - self.first
+        if index < 0:
+            return NO_TARGET
+        for block in self.ipv4 if version == 4 else self.ipv6:
+            if index < block.length:
+                return block.first_id + index
+            index -= block.length
+        return NO_TARGET
+
+
+class EndpointPlan(msgspec.Struct, frozen=True, array_like=True):
+    """An endpoint and the index of its service; `address` is packed."""
+
+    address: bytes
+    protocol: int
+    first_port: int
+    last_port: int
+    service: int
+
+
+class PayloadParser(msgspec.Struct, frozen=True, array_like=True):
+    """A parser by name, and the values that the service's routes compare its keys with."""
+
+    name: str
+    patterns: list[str]
+
+
+class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
+    """One service, ready to decide."""
+
+    name: str
+    reads_extension: bool
+    payload_parsers: list[PayloadParser]
+    probes: list[Probe]
+    mapping: Mapping | None
+    default: TargetIds
+    unmatched: Outcome
+    unextended: Reason
+    """One of the three UNEXTENDED_* reasons."""
+
+
+class Plan(msgspec.Struct, frozen=True, array_like=True):
+    """All that a worker needs besides the routes themselves."""
+
+    mark_low: int
+    mark_high: int
+    numbers: portext.Numbers
+    endpoints: list[EndpointPlan]
+    services: list[ServicePlan]
+
+
+class Decision(NamedTuple):
+    """What is done with a packet, and why."""
+
+    outcome: Outcome
+    reason: Reason
+    target_id: int = NO_TARGET
+    service: str = ""
+    keys: Keys = {}  # noqa: RUF012  (never written to: one empty dict serves all)
+    malformed: bool = False
+    """The packet carried a port extension of ours that cannot be read."""
+
+
+class _Ranges(NamedTuple):
+    """Port ranges on one address, in ascending order and without overlap."""
+
+    first: list[int]
+    last: list[int]
+    service: list[int]
+
+
+class _Service(NamedTuple):
+    """A ServicePlan with its parsers made."""
+
+    number: int
+    plan: ServicePlan
+    inspectors: list[Inspect]
+
+
+class Engine:
+    """Decides for one plan. `get` looks a route up: router key -> packed TargetIds, or None."""
+
+    def __init__(self, plan: Plan, get: Callable[[bytes], bytes | None]) -> None:
+        self._get = get
+        self._numbers = plan.numbers
+        self._services = [
+            _Service(index, service, [REGISTRY[p.name].make(tuple(p.patterns)) for p in service.payload_parsers])
+            for index, service in enumerate(plan.services)
+        ]
+        self._ranges: dict[tuple[bytes, int], _Ranges] = {}
+        for endpoint in sorted(plan.endpoints, key=lambda endpoint: endpoint.first_port):
+            ranges = self._ranges.setdefault((endpoint.address, endpoint.protocol), _Ranges([], [], []))
+            ranges.first.append(endpoint.first_port)
+            ranges.last.append(endpoint.last_port)
+            ranges.service.append(endpoint.service)
+
+    def decide_syn(self, packet: Packet) -> Decision:
+        """Decide for a SYN, whether it carries an extension, data, both or nothing."""
+        service = self._service_at(packet)
+        if service is None:
+            return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+        plan = service.plan
+
+        found = portext.find(packet, self._numbers) if plan.reads_extension else None
+        malformed = found is portext.MALFORMED
+        extension = found if isinstance(found, Extension) else NOT_EXTENDED
+        keys = portext.keys(extension, packet.dport)
+        payload_keys = _inspect(service.inspectors, packet.payload) if packet.payload else {}
+        keys |= payload_keys
+
+        if plan.probes:
+            entry = lookup(service.number, plan.probes, keys, packet.src, self._get)
+            if entry is not None:
+                target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:], "big")
+                return self._steer(plan, Reason.ROUTE, target_id, keys, malformed)
+        if plan.mapping is not None:
+            target_id = plan.mapping.target_id(extension, packet.dport, packet.version)
+            if target_id:
+                return self._steer(plan, Reason.ARITHMETIC, target_id, keys, malformed)
+
+        reason = plan.unextended
+        if extension.dst or payload_keys:
+            reason = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
+        if reason is Reason.UNEXTENDED_PASS:
+            return Decision(Outcome.PASS, reason, NO_TARGET, plan.name, keys, malformed)
+        if reason in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT):
+            target_id = plan.default.ipv4 if packet.version == 4 else plan.default.ipv6
+            return self._steer(plan, reason, target_id, keys, malformed)
+        return Decision(plan.unmatched, reason, NO_TARGET, plan.name, keys, malformed)
+
+    def _service_at(self, packet: Packet) -> _Service | None:
+        ranges = self._ranges.get((packet.dst, packet.protocol))
+        if ranges is None:
+            return None
+        position = bisect_right(ranges.first, packet.dport) - 1
+        if position < 0 or packet.dport > ranges.last[position]:
+            return None
+        return self._services[ranges.service[position]]
+
+    @staticmethod
+    def _steer(plan: ServicePlan, reason: Reason, target_id: int, keys: Keys, malformed: bool) -> Decision:
+        if target_id == NO_TARGET:
+            return Decision(plan.unmatched, Reason.NO_FAMILY, NO_TARGET, plan.name, keys, malformed)
+        return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed)
+
+
+def _inspect(inspectors: list[Inspect], payload: bytes) -> Keys:
+    """The keys of all parsers in order, up to the first that would need more bytes."""
+    keys: Keys = {}
+    for inspect in inspectors:
+        answer = inspect(payload)
+        if answer is Answer.NEED_MORE:
+            break
+        if answer is not Answer.NOT_MINE:
+            keys |= answer
+    return keys

@@ -1,0 +1,141 @@
+"""nf_tables over raw netlink: the few requests that are made too often, or too near a packet, for a `nft` process.
+
+Layout of every message: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h. A change is a batch: BATCH_BEGIN,
+requests, BATCH_END in one datagram; the kernel carries out all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from steerd.errors import KernelError
+
+TABLE = "steerd"
+
+_NETLINK_NETFILTER = 12
+_NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
+_SUBSYS_NFTABLES = 10
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_GETTABLE, _NEWSETELEM = 1, 12
+_NLMSG_ERROR = 2
+_REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
+_NESTED = 0x8000
+_TABLE_NAME = 1
+_ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS = 1, 2, 3
+_LIST_ELEMENT = 1
+_ELEMENT_KEY, _ELEMENT_DATA = 1, 2
+_DATA_VALUE = 1
+
+# The kernel answers inside the send call; only a lost answer (no memory for it) could make a reader wait for ever.
+_ANSWER_SECONDS = 2.0
+
+_HEADER = struct.Struct("=IHHII")
+_GENERIC = struct.Struct("!BBH")
+
+
+class Element(NamedTuple):
+    """One element of a set (data None) or map of the steerd table.
+
+    Keys and data as the kernel compares them: every field padded to 4 bytes, addresses and ports in network order, a
+    packet mark in the machine's own.
+    """
+
+    name: str
+    key: bytes
+    data: bytes | None
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
+
+
+def _message(kind: int, flags: int, sequence: int, family: int, resource: int, attributes: bytes) -> bytes:
+    body = _GENERIC.pack(family, 0, resource) + attributes
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
+
+
+def _element(element: Element) -> bytes:
+    parts = _attribute(_ELEMENT_KEY | _NESTED, _attribute(_DATA_VALUE, element.key))
+    if element.data is not None:
+        parts += _attribute(_ELEMENT_DATA | _NESTED, _attribute(_DATA_VALUE, element.data))
+    return _attribute(
+        _ELEMENTS | _NESTED,
+        _attribute(_LIST_ELEMENT | _NESTED, parts),
+    )
+
+
+class Nftables:
+    """One netlink socket to nf_tables. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.settimeout(_ANSWER_SECONDS)
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _next(self) -> int:
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        return self._sequence
+
+    def insert(self, elements: Sequence[Element]) -> None:
+        """Add elements in one transaction; one that is there with the same data already is fine.
+
+        Raises KernelError where the kernel says no: the table or set is missing (ENOENT), or the key is there with
+        other data (EEXIST, EBUSY), which would mean that a target id has got a second meaning.
+        """
+        parts = [_message(_BATCH_BEGIN, _REQUEST, self._next(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b"")]
+        first = self._sequence + 1
+        for element in elements:
+            attributes = _attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0")
+            attributes += _attribute(_ELEMENTS_SET, element.name.encode() + b"\0")
+            attributes += _element(element)
+            kind = _SUBSYS_NFTABLES << 8 | _NEWSETELEM
+            parts.append(_message(kind, _REQUEST | _CREATE | _ACK, self._next(), _NFPROTO_INET, 0, attributes))
+        parts.append(_message(_BATCH_END, _REQUEST, self._next(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b""))
+        self._socket.send(b"".join(parts))
+        awaited = set(range(first, first + len(elements)))
+        names = ", ".join(sorted({element.name for element in elements}))
+        while awaited:
+            for sequence, error in self._answers(f"took no element for {names}"):
+                awaited.discard(sequence)
+                if error:
+                    # The batch is void as a whole. What is left of its answers is skipped by its sequence numbers.
+                    raise KernelError(
+                        f"nf_tables took no element for {names} of table inet {TABLE}: {os.strerror(error)}"
+                    )
+
+    def table_exists(self) -> bool:
+        """Whether the table `inet steerd` is there; raises KernelError on any other answer than yes or no."""
+        attributes = _attribute(_TABLE_NAME, TABLE.encode() + b"\0")
+        sequence = self._next()
+        self._socket.send(_message(_SUBSYS_NFTABLES << 8 | _GETTABLE, _REQUEST, sequence, _NFPROTO_INET, 0, attributes))
+        while True:
+            for answered, error in self._answers("does not say whether it exists"):
+                if answered != sequence:
+                    continue
+                if error in (0, errno.ENOENT):
+                    return error == 0
+                raise KernelError(f"nf_tables does not say whether table inet {TABLE} exists: {os.strerror(error)}")
+
+    def _answers(self, doing: str) -> list[tuple[int, int]]:
+        """(sequence, errno) of each message in the next datagram; errno 0 for an acknowledgement or an object."""
+        try:
+            data = self._socket.recv(65536)
+        except TimeoutError:
+            raise KernelError(f"nf_tables {doing} of table inet {TABLE}: no answer in {_ANSWER_SECONDS:g} s") from None
+        answers = []
+        offset = 0
+        while offset + _HEADER.size <= len(data):
+            length, kind, _flags, sequence, _port = _HEADER.unpack_from(data, offset)
+            is_error = kind == _NLMSG_ERROR
+            answers.append((sequence, -struct.unpack_from("=i", data, offset + _HEADER.size)[0] if is_error else 0))
+            offset += (length + 3) & ~3
+        return answers

@@ -1,0 +1,108 @@
+"""One NFQUEUE, bound by one worker: python-netfilterqueue, with what it leaves to its user.
+
+- Its `run` swallows ENOBUFS and, unless it blocks, drains until the queue is empty, so that a flood would never let
+  go of the loop. `drain` reads a bounded batch and counts overruns.
+- NETLINK_NO_ENOBUFS: a full socket then costs the packets that did not fit, not an error that hides how many; the
+  kernel counts them in /proc/net/netfilter/nfnetlink_queue.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from netfilterqueue import NetfilterQueue
+
+from steerd.errors import KernelError
+
+_SOL_NETLINK = 270
+_NETLINK_NO_ENOBUFS = 5
+_SO_RCVBUFFORCE = 33
+_MESSAGE_BYTES = 8192
+
+
+class QueuedPacket(Protocol):
+    """What python-netfilterqueue hands to the callback."""
+
+    def get_payload(self) -> bytes: ...
+    def get_mark(self) -> int: ...
+    def set_mark(self, mark: int) -> None: ...
+    def accept(self) -> None: ...
+    def drop(self) -> None: ...
+
+
+class Queue:
+    """Bound on construction; raises KernelError if another process owns the queue or the kernel refuses."""
+
+    def __init__(
+        self,
+        number: int,
+        on_packet: Callable[[QueuedPacket], None],
+        *,
+        length: int,
+        receive_buffer: int,
+        on_overrun: Callable[[], None],
+    ) -> None:
+        self._queue = NetfilterQueue()
+        self._on_overrun = on_overrun
+        try:
+            self._queue.bind(number, on_packet, max_len=length)
+        except OSError as error:
+            raise KernelError(f"NFQUEUE {number} cannot be bound: {error} (does another process own it?)") from error
+        self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer)
+        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
+        self._socket.setblocking(False)
+        self._left = 0
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self._socket.fileno()
+
+    def drain(self, limit: int) -> None:
+        """Hand what waits to the callback, `limit` packets at most; returns when there are no more."""
+        self._left = limit
+        self._queue.run_socket(self)
+
+    def recv(self, _size: int) -> bytes:
+        """For run_socket, which stops at EAGAIN: one netlink message, until the batch is done."""
+        if self._left <= 0:
+            raise BlockingIOError(errno.EAGAIN, "batch done")
+        self._left -= 1
+        try:
+            return self._socket.recv(_MESSAGE_BYTES)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                self._on_overrun()
+            raise
+
+
+class QueueState(NamedTuple):
+    """One line of /proc/net/netfilter/nfnetlink_queue (net/netfilter/nfnetlink_queue.c, seq_show)."""
+
+    number: int
+    owner: int
+    """Netlink port id of who bound it; usually its process id."""
+    waiting: int
+    """Packets handed over that have no verdict yet."""
+    queue_dropped: int
+    """Packets dropped because so many waited already."""
+    user_dropped: int
+    """Packets dropped because the netlink socket was full."""
+
+
+def states() -> dict[int, QueueState]:
+    """Every bound queue of this network namespace, by number."""
+    try:
+        text = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text()
+    except FileNotFoundError:
+        return {}
+    result = {}
+    for line in text.splitlines():
+        fields = [int(field) for field in line.split()]
+        result[fields[0]] = QueueState(fields[0], fields[1], fields[2], fields[5], fields[6])
+    return result

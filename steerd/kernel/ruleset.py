@@ -1,0 +1,291 @@
+"""The table `inet steerd`: filled in from nft/steerd.nft, loaded in one transaction, taken away whole.
+
+Where the kernel has no `queue` statement (CONFIG_NFT_QUEUE), the table only marks the packets, and one rule for each
+worker in a chain STEERD of iptables-nft's mangle table hands them over at -150, right behind ours at -151. Which of
+the two it is, is found out by asking the kernel, and nobody need know.
+
+`nft/install.sh` renders the same text from the same file in shell; tests/unit/test_ruleset.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from steerd.core.marks import RESET_ID, STALE_ID, MarkLayout
+from steerd.core.pools import Pool
+from steerd.errors import KernelError
+from steerd.kernel.nftables import TABLE, Element
+from steerd.model import Endpoint, Target
+
+FALLBACK_CHAIN = "STEERD"
+# Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
+# reload would send the rest of a connection's packets to another worker.
+_SEED = "0x5354"
+_IPTABLES = ("iptables-nft", "ip6tables-nft")
+_TARGET_SETS = ("targets4", "targets6", "hosts4", "hosts6")
+_CHECK_SETS = ("translated4", "translated6", "translated_hosts4", "translated_hosts6")
+
+
+class Settings(NamedTuple):
+    """What the placeholders of steerd.nft say. Rates in connections a second, times in seconds."""
+
+    mark: MarkLayout
+    first_queue: int
+    queues: int
+    tcp_option: int
+    source_rate: int
+    source_burst: int
+    stranger_rate: int
+    stranger_burst: int
+    total_rate: int
+    total_burst: int
+    syn_sent: int
+    syn_recv: int
+    time_wait: int
+    close: int
+
+
+class Contents(NamedTuple):
+    """What the daemon keeps in the table's sets."""
+
+    endpoints: tuple[Endpoint, ...]
+    early: tuple[Endpoint, ...]
+    every_syn: tuple[Endpoint, ...]
+    pools: tuple[Pool, ...]
+    wildcard: tuple[tuple[Pool | Target, int], ...]
+    """Targets, or whole pools with a port (0: any), whose daemons may be bound to the wildcard address."""
+
+
+def template_path() -> Path:
+    """Where nft/steerd.nft is: beside the package in a checkout, under share/ where it was installed."""
+    checkout = Path(__file__).resolve().parents[2] / "nft" / "steerd.nft"
+    installed = Path(sys.prefix) / "share" / "steerd" / "nft" / "steerd.nft"
+    for path in (checkout, installed):
+        if path.is_file():
+            return path
+    raise KernelError(f"steerd.nft is neither at {checkout} nor at {installed}: the installation is incomplete")
+
+
+def render(template: str, settings: Settings, *, native: bool) -> str:
+    """Fill in the placeholders. `native`: with the `queue` statement, else with marks for the fall-back."""
+    mark = settings.mark
+    values = {
+        "MASK": f"0x{mark.mask:08x}",
+        "CLEAR": f"0x{~mark.mask & 0xFFFFFFFF:08x}",
+        "RESET": f"0x{mark.field(RESET_ID):08x}",
+        "STALE": f"0x{mark.field(STALE_ID):08x}",
+        "TCP_OPTION": str(settings.tcp_option),
+        "SOURCE_RATE": str(settings.source_rate),
+        "SOURCE_BURST": str(settings.source_burst),
+        "STRANGER_RATE": str(settings.stranger_rate),
+        "STRANGER_BURST": str(settings.stranger_burst),
+        "TOTAL_RATE": str(settings.total_rate),
+        "TOTAL_BURST": str(settings.total_burst),
+        "SYN_SENT": str(settings.syn_sent),
+        "SYN_RECV": str(settings.syn_recv),
+        "TIME_WAIT": str(settings.time_wait),
+        "CLOSE": str(settings.close),
+        "QUEUE4": "\n\t\t".join(_queue_rules("ip saddr . tcp sport", settings, native=native)),
+        "QUEUE6": "\n\t\t".join(_queue_rules("ip6 saddr . tcp sport", settings, native=native)),
+    }
+    head, rest = template.split("\ntable inet steerd {", 1)
+    text = "table inet steerd {" + rest
+    for name, value in values.items():
+        text = text.replace(f"__{name}__", value)
+    left = re.search(r"__[A-Z0-9_]+__", text)
+    if left:
+        raise KernelError(f"steerd.nft has a placeholder {left[0]} that this version of steerd does not know")
+    return head + "\n" + text
+
+
+def _queue_rules(hashed: str, settings: Settings, *, native: bool) -> list[str]:
+    """Spread by address and port (a hash of addresses alone would give one client's load to one worker), so that all
+    packets of one connection meet the same worker. Without NFT_QUEUE the queue's number goes into the mark."""
+    if native:
+        return [f"queue to jhash {hashed} mod {settings.queues} seed {_SEED} offset {settings.first_queue}"]
+    mark = settings.mark
+    keep = ~mark.mask & 0xFFFFFFFF
+    return [
+        f"jhash {hashed} mod {settings.queues} seed {_SEED} {number}"
+        f" meta mark set meta mark & 0x{keep:08x} | 0x{_fallback_mark(mark, number):08x} accept"
+        for number in range(settings.queues)
+    ]
+
+
+def _fallback_mark(mark: MarkLayout, number: int) -> int:
+    """The mark of a packet that waits for worker `number`: the flag, which no target id has, and the number."""
+    return mark.flag | mark.field(number)
+
+
+def fill(contents: Contents) -> str:
+    """nft commands that make the daemon's sets hold exactly these contents."""
+    lines: list[str] = []
+
+    def replace(name: str, elements: Iterable[str]) -> None:
+        lines.append(f"flush set inet {TABLE} {name}")
+        listed = ", ".join(elements)
+        if listed:
+            lines.append(f"add element inet {TABLE} {name} {{ {listed} }}")
+
+    for version in (4, 6):
+        replace(
+            f"endpoints{version}",
+            (f"{e.address} . {e.protocol} . {_ports(e)}" for e in contents.endpoints if e.address.version == version),
+        )
+        for name, endpoints in (("early", contents.early), ("every_syn", contents.every_syn)):
+            replace(
+                f"{name}{version}",
+                (f"{e.address} . {_ports(e)}" for e in endpoints if e.address.version == version),
+            )
+        replace(
+            f"aliases{version}",
+            (str(prefix) for pool in contents.pools for prefix in pool.prefixes if prefix.version == version),
+        )
+        replace(f"wildcard{version}", _wildcards(contents, version))
+    return "\n".join(lines) + "\n"
+
+
+def _ports(endpoint: Endpoint) -> str:
+    if endpoint.first_port == endpoint.last_port:
+        return str(endpoint.first_port)
+    return f"{endpoint.first_port}-{endpoint.last_port}"
+
+
+def _wildcards(contents: Contents, version: int) -> Iterable[str]:
+    seen = set()
+    for target, port in contents.wildcard:
+        ports = str(port) if port else "0-65535"
+        if isinstance(target, Pool):
+            seen |= {f"{prefix} . {ports}" for prefix in target.prefixes if prefix.version == version}
+        elif target.address.version == version:
+            seen.add(f"{target.address} . {ports}")
+    return sorted(seen)
+
+
+def flush_targets() -> str:
+    """nft commands that empty what workers have put into the table. Only while no worker is bound."""
+    return "".join(f"flush map inet {TABLE} {name}\n" for name in _TARGET_SETS) + "".join(
+        f"flush set inet {TABLE} {name}\n" for name in _CHECK_SETS
+    )
+
+
+def target_elements(mark_value: int, target: Target) -> list[Element]:
+    """The elements that make the kernel translate packets of this mark to a target, and check that it did."""
+    version = target.address.version
+    # A set's key is compared as the rule puts it into registers: the mark in the machine's own byte order.
+    key = mark_value.to_bytes(4, sys.byteorder)
+    address = target.address.packed
+    if not target.port:
+        return [Element(f"hosts{version}", key, address), Element(f"translated_hosts{version}", key + address, None)]
+    port = target.port.to_bytes(2, "big") + b"\0\0"
+    return [
+        Element(f"targets{version}", key, address + port),
+        Element(f"translated{version}", key + address + port, None),
+    ]
+
+
+def has_native_queue() -> bool:
+    """Whether this kernel has the nft `queue` statement. Asks by a check that changes nothing."""
+    return not _run(["nft", "--check", "-f", "-"], "table inet steerd_probe { chain probe { queue num 0 ; } ; }").failed
+
+
+def load(settings: Settings, contents: Contents, *, empty_targets: bool) -> bool:
+    """Load the table with these settings and contents in one transaction; returns whether `queue` is native.
+
+    What is there already is brought up to date: the operator's chain `admit` and counters stay. `empty_targets` is for
+    a start, when no worker runs that believes its targets to be in the maps. Raises KernelError if the kernel refuses.
+    """
+    native = has_native_queue()
+    text = render(template_path().read_text(), settings, native=native) + fill(contents)
+    if empty_targets:
+        text += flush_targets()
+    if native:
+        _remove_fallback()
+    else:
+        # First the rules that take marked packets, then the table that marks them: in between nothing is let through.
+        _install_fallback(settings)
+    _nft(text)
+    return native
+
+
+def set_wildcard_ports(ports: set[tuple[int, int]]) -> None:
+    """Make the sets of ports with listeners on the wildcard address hold exactly these (IP version, port)."""
+    lines = []
+    for version in (4, 6):
+        listed = ", ".join(str(port) for family, port in sorted(ports) if family == version)
+        lines.append(f"flush set inet {TABLE} wildcard_ports{version}")
+        if listed:
+            lines.append(f"add element inet {TABLE} wildcard_ports{version} {{ {listed} }}")
+    _nft("\n".join(lines) + "\n")
+
+
+def remove() -> None:
+    """Take the table and the fall-back's rules away. Fine if there are none."""
+    # `destroy` would say it in one word, but needs nft 1.0.7.
+    _nft(f"add table inet {TABLE}\ndelete table inet {TABLE}\n")
+    _remove_fallback()
+
+
+def counters() -> dict[str, int]:
+    """Packets counted by each named counter of the table; {} if the table is not there."""
+    done = _run(["nft", "-j", "list", "counters", "table", "inet", TABLE])
+    if done.failed:
+        return {}
+    objects = json.loads(done.output)["nftables"]
+    return {o["counter"]["name"]: o["counter"]["packets"] for o in objects if "counter" in o}
+
+
+def _install_fallback(settings: Settings) -> None:
+    """One NFQUEUE rule for each worker, in a chain of our own that is replaced in one transaction."""
+    mark = settings.mark
+    rules = "".join(
+        f"-A {FALLBACK_CHAIN} -m mark --mark 0x{_fallback_mark(mark, number):x}/0x{mark.mask:x}"
+        f" -j NFQUEUE --queue-num {settings.first_queue + number}\n"
+        for number in range(settings.queues)
+    )
+    for tool in _IPTABLES:
+        _must([f"{tool}-restore", "--noflush"], f"*mangle\n:{FALLBACK_CHAIN} - [0:0]\n{rules}COMMIT\n")
+        jump = ["PREROUTING", "-j", FALLBACK_CHAIN]
+        if _run([tool, "-t", "mangle", "-C", *jump]).failed:
+            _must([tool, "-t", "mangle", "-A", *jump])
+
+
+def _remove_fallback() -> None:
+    for tool in _IPTABLES:
+        if shutil.which(tool) and not _run([tool, "-t", "mangle", "-S", FALLBACK_CHAIN]).failed:
+            while not _run([tool, "-t", "mangle", "-D", "PREROUTING", "-j", FALLBACK_CHAIN]).failed:
+                pass
+            _must([tool, "-t", "mangle", "-F", FALLBACK_CHAIN])
+            _must([tool, "-t", "mangle", "-X", FALLBACK_CHAIN])
+
+
+class _Done(NamedTuple):
+    failed: bool
+    output: str
+    errors: str
+
+
+def _run(command: list[str], text: str | None = None) -> _Done:
+    try:
+        done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+    except FileNotFoundError:
+        hint = "nftables" if command[0] == "nft" else "iptables (this kernel has no nft `queue`, so it is needed)"
+        raise KernelError(f"{command[0]} is not installed: install {hint}") from None
+    return _Done(done.returncode != 0, done.stdout, done.stderr.strip())
+
+
+def _must(command: list[str], text: str | None = None) -> None:
+    done = _run(command, text)
+    if done.failed:
+        raise KernelError(f"{' '.join(command)} failed: {done.errors}")
+
+
+def _nft(text: str) -> None:
+    _must(["nft", "-f", "-"], text)

@@ -1,0 +1,103 @@
+"""Counters in shared memory: a file that every worker maps, so that counts survive a worker and cost it nanoseconds.
+
+Layout, all of it unsigned 64-bit words in the machine's order:
+  word 0      magic
+  word 1      number of worker slots
+  word 2      generation: rises when the registry changed, or when the kernel's maps lost what workers had put there
+  word 3..7   free
+  from word 8 one slot of SLOT_WORDS words for each worker: first one word for each Reason, then the extra ones below
+
+One writer for each word (a worker its slot, the main process the header), and aligned 64-bit stores: no lock needed.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+from pathlib import Path
+
+from steerd.errors import SteerdError
+from steerd.model import Reason
+
+_MAGIC = 0x31304453_54454552  # changes whenever the layout does
+_WORKERS_WORD, _GENERATION_WORD = 1, 2
+_HEADER_WORDS = 8
+SLOT_WORDS = 64
+
+
+class Extra(enum.IntEnum):
+    """Words of a slot that count something else than decisions. Append, never reorder."""
+
+    MALFORMED_EXTENSION = 32
+    """Packets with a port extension of ours that cannot be read; treated as if they had none."""
+    OVERRUNS = 33
+    """Times the queue's netlink socket was full (ENOBUFS)."""
+    LOADED = 34
+    """Targets put into the kernel's maps."""
+
+
+assert len(Reason) <= min(Extra)
+
+
+class Counters:
+    """The mapped file. `create` is for the main process, `open` for workers and for whoever wants to look."""
+
+    def __init__(self, path: Path, mapping: mmap.mmap) -> None:
+        self.path = path
+        self._mapping = mapping
+        self._words = memoryview(mapping).cast("Q")
+
+    @classmethod
+    def create(cls, path: Path, workers: int) -> Counters:
+        """Map the file at `path`; what was counted in it stays if it has the same shape, else it starts from zero."""
+        size = (_HEADER_WORDS + workers * SLOT_WORDS) * 8
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.ftruncate(descriptor, size)
+            counters = cls(path, mmap.mmap(descriptor, size))
+        finally:
+            os.close(descriptor)
+        words = counters._words
+        if words[0] != _MAGIC or words[_WORKERS_WORD] != workers:
+            for index in range(len(words)):
+                words[index] = 0
+            words[0], words[_WORKERS_WORD] = _MAGIC, workers
+        return counters
+
+    @classmethod
+    def open(cls, path: Path, *, write: bool = False) -> Counters:
+        """Map an existing file; raises SteerdError if there is none or it is of another layout."""
+        try:
+            descriptor = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise SteerdError(f"{path} does not exist: is steerd running?") from None
+        try:
+            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
+            counters = cls(path, mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=access))
+        finally:
+            os.close(descriptor)
+        if counters._words[0] != _MAGIC:
+            raise SteerdError(f"{path} was written by another version of steerd: restart the daemon")
+        return counters
+
+    @property
+    def workers(self) -> int:
+        return self._words[_WORKERS_WORD]
+
+    @property
+    def generation(self) -> int:
+        return self._words[_GENERATION_WORD]
+
+    def next_generation(self) -> None:
+        """Tell the workers to look at the registry again and to forget which targets the kernel has."""
+        self._words[_GENERATION_WORD] += 1
+
+    def slot(self, worker: int) -> memoryview:
+        """The words of one worker (0 ..), to be indexed by Reason and Extra."""
+        start = _HEADER_WORDS + worker * SLOT_WORDS
+        return self._words[start : start + SLOT_WORDS]
+
+    def total(self, word: Reason | Extra) -> int:
+        """One counter, summed over the workers."""
+        return sum(self.slot(worker)[word] for worker in range(self.workers))

@@ -1,0 +1,218 @@
+"""A worker: one queue, one process, the hot loop. `python -m steerd.worker SETTINGS` (JSON), started by the daemon.
+
+It owns nothing that must outlive it. The registry and the counters are the main process's; established connections
+are the kernel's. So it may be killed at any moment, and packets that waited for its verdict are sent again by clients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import ipaddress
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from steerd.control.registry import Reader
+from steerd.core.engine import Decision, Engine
+from steerd.core.marks import RESET_ID, MarkLayout
+from steerd.errors import KernelError, SteerdError
+from steerd.kernel.nftables import Nftables
+from steerd.kernel.queue import Queue, QueuedPacket
+from steerd.kernel.ruleset import target_elements
+from steerd.model import Outcome, Reason
+from steerd.telemetry import logs
+from steerd.telemetry.counters import Counters, Extra
+from steerd.wire import packet as wire
+
+READY = b"ready\n"
+_PR_SET_PDEATHSIG = 1
+# A batch ends before a flood could hold the loop for long: at 50 us each, 256 packets are 13 ms.
+_BATCH = 256
+# Faults are logged once each; a client that can cause many different ones must not fill the disk.
+_MAX_FAULTS_LOGGED = 100
+# The queue's former owner, killed a moment ago, may still be on its way out.
+_BIND_SECONDS = 5.0
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """What the main process tells a worker; the rest stands in the registry."""
+
+    index: int
+    queue: int
+    queue_length: int
+    receive_buffer: int
+    state_dir: str
+    counters: str
+    access_log: int
+    """0: no decision is logged, 1: every one, n: one of n."""
+    main_pid: int
+
+
+class Worker:
+    """Takes packets from the queue, has the engine decide, and gives verdicts."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._log = logs.configure(process=f"worker-{settings.index}")
+        self._counters = Counters.open(Path(settings.counters), write=True)
+        self._slot = self._counters.slot(settings.index)
+        self._reader = Reader(settings.state_dir)
+        self._nftables = Nftables()
+        self._faults: set[str] = set()
+        self._until_logged = settings.access_log
+        self._refresh()
+        self._queue = self._bind()
+
+    def _bind(self) -> Queue:
+        deadline = time.monotonic() + _BIND_SECONDS
+        while True:
+            try:
+                return Queue(
+                    self._settings.queue,
+                    self._on_packet,
+                    length=self._settings.queue_length,
+                    receive_buffer=self._settings.receive_buffer,
+                    on_overrun=self._on_overrun,
+                )
+            except KernelError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def _refresh(self) -> None:
+        """Take up what the main process published, and forget what the kernel's maps were known to hold."""
+        self._generation = self._counters.generation
+        plan = self._reader.refresh()
+        self._mark = MarkLayout(plan.mark_low, plan.mark_high)
+        self._clear = ~self._mark.mask & 0xFFFFFFFF
+        self._engine = Engine(plan, self._reader.route)
+        self._loaded: set[int] = set()
+
+    def run(self) -> None:
+        """Serve the queue for ever."""
+        gc.collect()
+        gc.freeze()
+        poll = select.poll()
+        poll.register(self._queue, select.POLLIN)
+        while True:
+            poll.poll()
+            self._queue.drain(_BATCH)
+
+    def _on_packet(self, queued: QueuedPacket) -> None:
+        try:
+            goes_on = self._decide(queued)
+        except Exception as error:  # whatever it was: this packet is lost, the next one is not
+            self._on_fault(error)
+            goes_on = False
+        if goes_on:
+            queued.accept()
+        else:
+            queued.drop()
+
+    def _decide(self, queued: QueuedPacket) -> bool:
+        """Decide and mark a packet; returns whether it goes on or is to be dropped."""
+        if self._counters.generation != self._generation:
+            self._refresh()
+        packet = wire.parse(queued.get_payload())
+        if packet is None:
+            self._slot[Reason.NOT_READABLE] += 1
+            return False
+        decision = self._engine.decide_syn(packet)
+        if decision.outcome is Outcome.STEER and decision.target_id not in self._loaded:
+            decision = self._load(decision)
+        self._slot[decision.reason] += 1
+        if decision.malformed:
+            self._slot[Extra.MALFORMED_EXTENSION] += 1
+        if self._until_logged:
+            self._until_logged -= 1
+            if not self._until_logged:
+                self._until_logged = self._settings.access_log
+                self._log_decision(packet, decision)
+
+        if decision.outcome is Outcome.DROP:
+            return False
+        mark = queued.get_mark() & self._clear
+        if decision.outcome is Outcome.STEER:
+            mark |= self._mark.field(decision.target_id)
+        elif decision.outcome is Outcome.RESET:
+            mark |= self._mark.field(RESET_ID)
+        queued.set_mark(mark)
+        return True
+
+    def _load(self, decision: Decision) -> Decision:
+        """See to it that the kernel can translate to the decision's target; without that, the packet is dropped."""
+        target = self._reader.target(decision.target_id)
+        try:
+            if target is None:
+                raise KernelError(
+                    f"target id {decision.target_id} is in the plan, but not among the registry's targets"
+                )
+            self._nftables.insert(target_elements(self._mark.field(decision.target_id), target))
+        except (KernelError, OSError) as error:
+            self._log_once(f"target not loaded: {error}")
+            return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
+        self._loaded.add(decision.target_id)
+        self._slot[Extra.LOADED] += 1
+        return decision
+
+    def _on_overrun(self) -> None:
+        self._slot[Extra.OVERRUNS] += 1
+
+    def _on_fault(self, error: Exception) -> None:
+        self._slot[Reason.FAULT] += 1
+        self._log_once("".join(traceback.format_exception(error)))
+
+    def _log_once(self, text: str) -> None:
+        if text not in self._faults and len(self._faults) < _MAX_FAULTS_LOGGED:
+            self._faults.add(text)
+            self._log.error("packet dropped", why=text)
+
+    def _log_decision(self, packet: wire.Packet, decision: Decision) -> None:
+        target = self._reader.target(decision.target_id) if decision.target_id else None
+        self._log.info(
+            "decision",
+            service=decision.service,
+            client=_address(packet.src, packet.sport),
+            endpoint=_address(packet.dst, packet.dport),
+            outcome=decision.outcome.value,
+            reason=decision.reason.name.lower(),
+            target=str(target) if target else None,
+            keys=decision.keys,
+        )
+
+
+def _address(packed: bytes, port: int) -> str:
+    host = ipaddress.ip_address(packed)
+    return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
+
+
+def _die_with(main_pid: int) -> None:
+    """A queue has one owner: a worker without its main process would keep the next one's workers out."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != main_pid:
+        sys.exit(0)
+
+
+def main() -> None:
+    """Bind, say so on standard output, and serve."""
+    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
+    _die_with(settings.main_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    try:
+        worker = Worker(settings)
+    except SteerdError as error:
+        logs.configure(process=f"worker-{settings.index}").error("worker cannot start", why=str(error))
+        sys.exit(1)
+    os.write(sys.stdout.fileno(), READY)
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()
