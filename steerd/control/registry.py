@@ -172,20 +172,25 @@ class _IdGiver:
     def for_block(self, block: Block, port: int) -> IdBlock:
         """The ids of consecutive addresses with one port (0: `same`)."""
         key = block.first.packed + _ID_KEY_TAIL.pack(block.length, port)
-        known: bytes | None = self._txn.get(key, db=self._ids)
-        packed_id: bytes = known or self._txn.get(b"next_id", db=self._meta)
-        first_id: int = _ID.unpack(packed_id)[0]
+        known = self._number(key, self._ids)
+        first_id = self._number(b"next_id", self._meta) if known is None else known
+        assert first_id is not None  # a registry is born with "next_id"
         if first_id + block.length - 1 > self._highest:
             raise RegistryError(
                 f"the mark bits have room for target ids up to {self._highest}, and {block.first} (+{block.length - 1})"
                 f" would need {first_id + block.length - 1}: widen gateway.mark_bits"
             )
         if known is None:
+            packed_id = _ID.pack(first_id)
             self._txn.put(key, packed_id, db=self._ids)
             value = _TARGET_HEAD.pack(block.length, port) + block.first.packed
             self._txn.put(packed_id, value, db=self._targets)
             self._txn.put(b"next_id", _ID.pack(first_id + block.length), db=self._meta)
         return IdBlock(first_id, block.length)
+
+    def _number(self, key: bytes, database: Any) -> int | None:
+        packed = self._txn.get(key, db=database)
+        return None if packed is None else int(_ID.unpack(packed)[0])
 
 
 class Reader:

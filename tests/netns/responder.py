@@ -4,7 +4,8 @@
 
 LIST has one line for each run of addresses, `FIRST-ADDRESS COUNT PORT`. Once all listen, "listening N" is printed. To
 every connection the answer is one line, `ADDRESS PORT CLIENT-ADDRESS CLIENT-PORT`: the address and port that this very
-socket was bound to, and the client as seen from here. Then, whatever the client sends is sent back, until it closes.
+socket was bound to, and the client as seen from here. Then, whatever the client sends is sent back, until it closes;
+but after "reset" the connection is reset.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def main() -> None:
                 data = b""
                 with contextlib.suppress(OSError):
                     data = client.recv(65536)
+                if data == b"reset":
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    data = b""
                 if data:
                     client.setblocking(True)
                     with contextlib.suppress(OSError):

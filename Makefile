@@ -1,0 +1,47 @@
+# What a checkout can do. Every target prepares the machine itself (tests/setup.sh: packages by apt, a virtual
+# environment in .venv) and asks for sudo where root is needed; `make demo` on a fresh machine is enough.
+
+SHELL = /bin/bash
+PYTHON = .venv/bin/python
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
+# A root shell that keeps the caller's terminal and working directory.
+AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PATH="$$PATH"
+
+.PHONY: help setup demo test lint unit netns test-vm bench clean
+
+help:
+	@echo "make demo             70,000 daemons behind one address, each reached and checked (namespaces, root)"
+	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
+	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
+	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
+	@echo "make lint unit netns  parts of 'make test'"
+	@echo "make clean            remove .venv and caches"
+
+setup:
+	@tests/setup.sh
+
+demo: setup
+	@$(AS_ROOT) $(PYTHON) -m tests.demo
+
+test: lint unit netns test-vm
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	shellcheck nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/fetch-kernel
+
+unit: setup
+	$(PYTHON) -m pytest -q tests/unit tests/property
+
+netns: setup
+	$(AS_ROOT) $(PYTHON) -m pytest -q tests/netns
+
+test-vm: setup
+	$(AS_ROOT) tests/vm/pytest $(if $(KERNEL),-k $(KERNEL))
+
+bench: setup
+	@$(AS_ROOT) $(PYTHON) -m tests.bench $(ONLY)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,224 @@
+"""`make demo`: one public address, 70,000 daemons behind it, every one of them reached and checked.
+
+             client                                  gateway
+      198.51.100.1/24  ---- veth ----  198.51.100.254     203.0.113.10 (the one public address, on lo)
+      4 client programs                steerd             70,000 listening sockets, each on an alias of its own
+
+All of it in two network namespaces, which are removed at the end, also when interrupted. Needs root.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.netns.lab import Host, link
+
+DAEMONS = 70_000
+ENDPOINT = "203.0.113.10"
+CLIENT = "198.51.100.1"
+FIRST_ALIAS = "10.64.0.0"
+ALIAS_PORT = 7000
+FIRST_EXTENDED = 65537
+# Extended port 131,072 is TCP port 0 of extension 2: nobody can connect there, so its alias stays without a daemon.
+LAST_EXTENDED = FIRST_EXTENDED + DAEMONS
+ALIASES = DAEMONS + 1
+RESPONDERS = 5
+CLIENTS = 4
+ROOT = Path(__file__).resolve().parents[2]
+
+CONFIG = f"""\
+[gateway]
+state_dir = "{{directory}}/state"
+run_dir = "{{directory}}/run"
+workers = 2
+
+[gateway.limits]            # all of these connections come from one address
+source_rate = 1000000
+source_burst = 1000000
+stranger_rate = 1000000
+stranger_burst = 1000000
+total_rate = 1000000
+total_burst = 1000000
+
+[gateway.timeouts]          # conntrack may have room for 65,536 connections only
+time_wait = 2
+
+[pools.tenants]
+prefixes = ["10.64.0.0/15"]
+size = {ALIASES}
+
+[services.everything]
+endpoints = ["{ENDPOINT}:1-65535/tcp"]
+inspect = ["port-extension"]
+unextended = "unmatched"
+extension_pool = {{{{ pool = "tenants", by = "extended-port", first = {FIRST_EXTENDED}, port = {ALIAS_PORT} }}}}
+"""
+
+
+class Demo:
+    """The hosts and programs of one run, and how to be rid of them."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.hosts: list[Host] = []
+        self.processes: list[subprocess.Popen[str]] = []
+        self.directory = tempfile.TemporaryDirectory(prefix="steerd-demo-")
+        self.log = Path(self.directory.name) / "log"
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for host in self.hosts:
+            host.close()
+        self.directory.cleanup()
+
+    def host(self, role: str) -> Host:
+        self.hosts.append(Host(role))
+        return self.hosts[-1]
+
+    def spawn(self, host: Host, *argv: str, stderr: IO[str] | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            host.command(sys.executable, *argv),
+            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+        )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def topology(self) -> tuple[Host, Host]:
+        client, gateway = self.host("client"), self.host("gateway")
+        link(client, "eth0", gateway, "eth0")
+        client.sh(f"ip addr add {CLIENT}/24 dev eth0; ip route add default via 198.51.100.254")
+        gateway.sh(f"ip addr add 198.51.100.254/24 dev eth0; ip addr add {ENDPOINT}/32 dev lo")
+        return client, gateway
+
+    def start_steerd(self, gateway: Host) -> tuple[subprocess.Popen[str], dict[str, dict[str, float]]]:
+        """The daemon's process and its first log events by name, once all workers are bound."""
+        config = Path(self.directory.name) / "steerd.toml"
+        config.write_text(CONFIG.format(directory=self.directory.name))
+        with self.log.open("w") as log:
+            process = self.spawn(gateway, "-m", "steerd.cli.main", "run", str(config), stderr=log)
+        while True:
+            events = {event["event"]: event for event in map(json.loads, self.log.read_text().splitlines())}
+            if "ready" in events:
+                return process, events
+            if process.poll() is not None:
+                raise SystemExit(f"demo: steerd did not start:\n{self.log.read_text()}")
+            time.sleep(0.02)
+
+    def start_daemons(self, gateway: Host) -> None:
+        """70,000 listening sockets in a few processes; returns once all of them listen."""
+        share = -(-ALIASES // RESPONDERS)
+        hole = 131072 - FIRST_EXTENDED
+        processes = []
+        for first in range(0, ALIASES, share):
+            process = self.spawn(gateway, "-m", "tests.netns.responder")
+            runs = [(first, min(first + share, ALIASES))]
+            if runs[0][0] <= hole < runs[0][1]:
+                runs = [(first, hole), (hole + 1, runs[0][1])]
+            assert process.stdin is not None
+            for start, end in runs:
+                if end > start:
+                    process.stdin.write(f"{_alias(start)} {end - start} {ALIAS_PORT}\n")
+            process.stdin.close()
+            processes.append(process)
+        listening = 0
+        for process in processes:
+            assert process.stdout is not None
+            listening += int(process.stdout.readline().split()[1])
+        if listening != DAEMONS:
+            raise SystemExit(f"demo: {listening} sockets listen, not {DAEMONS}")
+
+    def connect_all(self, client: Host) -> tuple[int, int, float]:
+        """Reach every extended port; returns (reached, wrong, seconds)."""
+        started = time.monotonic()
+        selector = selectors.DefaultSelector()
+        for number in range(CLIENTS):
+            process = self.spawn(
+                client, "-m", "tests.demo.client", ENDPOINT, str(FIRST_EXTENDED + number), str(LAST_EXTENDED),
+                str(CLIENTS), CLIENT, FIRST_ALIAS, str(ALIAS_PORT), str(FIRST_EXTENDED),
+            )  # fmt: skip
+            assert process.stdout is not None
+            selector.register(process.stdout, selectors.EVENT_READ, number)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        results = [(0, 0, 0)] * CLIENTS
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("daemons reached and checked", total=DAEMONS)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    line = key.fileobj.readline()  # type: ignore[union-attr]
+                    if not line:
+                        selector.unregister(key.fileobj)
+                        continue
+                    tried, reached, wrong = map(int, line.split())
+                    results[key.data] = (tried, reached, wrong)
+                    progress.update(task, completed=sum(result[1] for result in results))
+        return sum(r[1] for r in results), sum(r[2] for r in results), time.monotonic() - started
+
+
+def _alias(index: int) -> str:
+    value = int.from_bytes(bytes(map(int, FIRST_ALIAS.split("."))), "big") + index
+    return ".".join(map(str, value.to_bytes(4, "big")))
+
+
+def _memory(process: subprocess.Popen[str]) -> int:
+    """Proportional set size of the daemon and its workers, in bytes (`ip netns exec` has become the daemon)."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    total = 0
+    for pid in [str(process.pid), *children]:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def run(console: Console) -> bool:
+    """The whole demo; prints its table and its last line, and returns whether every daemon was reached."""
+    demo = Demo(console)
+    try:
+        client, gateway = demo.topology()
+        console.print(f"steerd starts, with {ALIASES:,} aliases (one stands for TCP port 0, which nobody can use) ...")
+        steerd, events = demo.start_steerd(gateway)
+        console.print(f"{DAEMONS:,} daemons start, each with a listening socket on its own alias ...")
+        demo.start_daemons(gateway)
+        console.print(f"the client connects to {ENDPOINT}, extended ports {FIRST_EXTENDED:,} to {LAST_EXTENDED:,} ...")
+        reached, wrong, seconds = demo.connect_all(client)
+        memory = _memory(steerd)
+    finally:
+        demo.close()
+
+    table = Table(show_header=False)
+    loaded = events["table loaded"]
+    table.add_row("aliases made", f"{loaded['aliases_added']:,}")
+    table.add_row("... in, with the table", f"{loaded['seconds']:.2f} s")
+    table.add_row("daemons behind one address", f"{DAEMONS:,}")
+    table.add_row("reached, and named right", f"{reached:,}")
+    table.add_row("connections per second", f"{reached / seconds:,.0f}")
+    table.add_row("wrong deliveries", f"{wrong:,}")
+    table.add_row("memory of the agent", f"{memory / 1e6:,.0f} MB (main process and two workers)")
+    console.print(table)
+    print(f"demo: reached={reached} wrong={wrong} seconds={seconds:.1f}", flush=True)
+    return reached == DAEMONS and wrong == 0
+
+
+def _interrupted(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    for signal_number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(signal_number, _interrupted)
+    sys.exit(0 if run(Console()) else 1)

@@ -1,0 +1,252 @@
+"""The guard fails closed: nothing reaches a daemon, or the gateway itself, but by a decision that was carried out.
+
+Topology: tests/netns/gateway.py. "Under load" means: while other connections come in and must stay right.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from steerd.model import Extension
+from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
+from tests.netns.lab import Host
+
+CONFIG = """
+[gateway.limits]
+source_rate = 100000
+source_burst = 100000
+stranger_rate = 100000
+stranger_burst = 100000
+
+[pools.tenants]
+prefixes = ["10.64.0.0/24", "fd00:64::/120"]
+
+[services.main]
+endpoints = ["203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "tenants", by = "extension", port = 8080 }
+"""
+ALIAS = {4: "10.64.0.{}", 6: "fd00:64::{:x}"}
+TCP_REPAIR = 19
+
+
+@pytest.fixture
+def lab(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
+    with gateway(new_host) as made:
+        made.configure(CONFIG)
+        made.start()
+        yield made
+
+
+@contextmanager
+def load(lab: Gateway, version: int) -> Iterator[None]:
+    """Connections to the daemons 1 to 100 all the while; each must be right, and none may fail."""
+    command = [sys.executable, "-m", "tests.netns.load", str(version), "443", ALIAS[version].format(0), "1", "100"]
+    process = subprocess.Popen(
+        lab.client.command(*command, "2000", "1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    try:
+        yield
+    finally:
+        output, _ = process.communicate(timeout=120)
+    assert output.splitlines()[-1] == "2000 0 0", output
+
+
+def refused_within(seconds: float, act: Callable[[], object]) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConnectionRefusedError):
+        act()
+    assert time.monotonic() - started < seconds
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_no_alias_is_reached_from_outside_but_by_a_decision(lab: Gateway, version: int) -> None:
+    lab.respond((ALIAS[version].format(0), 100, 8080))
+    before = lab.counters()["direct"]
+    with load(lab, version):
+        for index in (0, 5, 99):
+            with lab.socket(None, version=version) as connection:
+                connection.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    connection.connect((ALIAS[version].format(index), 8080))
+        # Neither does a packet that conntrack was told to ignore.
+        lab.host.sh(
+            "nft 'table inet untracked { chain all { type filter hook prerouting priority raw; "
+            f"{'ip' if version == 4 else 'ip6'} daddr {ALIAS[version].format(7)} notrack; }}; }}'"
+        )
+        with lab.socket(None, version=version) as connection:
+            connection.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                connection.connect((ALIAS[version].format(7), 8080))
+    assert lab.counters()["direct"] >= before + 4
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_decision_whose_target_is_missing_in_the_map_is_dropped_and_mended(lab: Gateway, version: int) -> None:
+    """The gateway's own socket on the endpoint's port must not get the connection; and the daemon repairs the map."""
+    lab.respond((ALIAS[version].format(0), 200, 8080), (ENDPOINT4 if version == 4 else ENDPOINT6, 1, 443))
+    assert lab.ask(Extension(150, 0), 443, version=version).split()[0] == ALIAS[version].format(149)
+    with load(lab, version):
+        listed = lab.host.sh(f"nft list map inet steerd targets{version}")
+        (element,) = (e for e in listed.replace("}", ",").split(",") if f"{ALIAS[version].format(149)} ." in e)
+        mark, data = element.replace("elements = {", "").strip().split(" : ")
+        lab.host.sh(f"nft delete element inet steerd targets{version} '{{ {mark} : {data} }}'")
+        before = lab.counters()["untranslated"]
+        # The first SYN is dropped; the daemon sees that, workers load again, and a repeated SYN gets through.
+        assert lab.ask(Extension(150, 0), 443, version=version).split()[0] == ALIAS[version].format(149)
+        assert lab.counters()["untranslated"] > before
+    lab.expected_warnings = [
+        "packets were dropped since their target was missing in the kernel's maps; workers load their targets again"
+    ]
+    assert lab.count_events(lab.expected_warnings[0]) >= 1
+
+
+def test_a_decided_packet_that_conntrack_ignores_is_dropped(lab: Gateway) -> None:
+    lab.respond((ENDPOINT4, 1, 443), ("10.64.0.0", 10, 8080))
+    lab.host.sh(
+        "nft 'table inet untracked { chain all { type filter hook prerouting priority raw; tcp dport 443 notrack; }; }'"
+    )
+    with lab.socket(Extension(5, 0)) as connection:
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.connect((ENDPOINT4, 443))
+    assert lab.counters()["untranslated"] >= 1
+    lab.expected_warnings = [
+        "packets were dropped since their target was missing in the kernel's maps; workers load their targets again"
+    ]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_wildcard_listener_never_answers_for_a_daemon_that_is_down(lab: Gateway, version: int) -> None:
+    lab.respond((ALIAS[version].format(0), 100, 8080))
+    anybody = "0.0.0.0" if version == 4 else "::"
+    lab.spawn(lab.host, sys.executable, "-c", _WILDCARD_LISTENER, anybody, "8080")
+    time.sleep(0.5)
+    before = lab.counters()["wildcard"]
+    with load(lab, version):
+        for extension in (150, 200, 256):
+            refused_within(1.0, lambda e=extension: lab.ask(Extension(e, 0), 443, version=version))  # type: ignore[misc]
+    assert lab.counters()["wildcard"] == before + 3
+
+
+_WILDCARD_LISTENER = """
+import socket, sys
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])), family=family)
+while True:
+    connection, peer = listener.accept()
+    connection.send(b"wildcard\\n")
+    connection.close()
+"""
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_target_that_says_so_may_be_served_by_a_wildcard_listener(
+    new_host: Callable[[str], Host], version: int
+) -> None:
+    with gateway(new_host) as lab:
+        lab.configure(CONFIG.replace("port = 8080 }", "port = 8080, wildcard = true }"))
+        lab.start()
+        lab.spawn(lab.host, sys.executable, "-c", _WILDCARD_LISTENER, "0.0.0.0" if version == 4 else "::", "8080")
+        lab.wait(lambda: lab.host.sh("ss -Hltn sport = 8080"), "the wildcard listener is up")
+        assert lab.ask(Extension(150, 0), 443, version=version) == "wildcard"
+
+
+def test_a_time_wait_socket_does_not_give_way_to_a_wildcard_listener(lab: Gateway) -> None:
+    """The daemon closed first, so its side is in TIME_WAIT; then it died. A SYN on the same 4-tuple could make the
+    kernel look for a listener again, and there is only the wildcard one."""
+    responder = lab.respond(("10.64.0.0", 100, 8080))
+    source = (CLIENT4, 33333)
+    with lab.socket(Extension(5, 0), source=source) as connection:
+        connection.connect((ENDPOINT4, 443))
+        connection.recv(256)
+        responder.kill()  # its kernel sends the FIN first
+        responder.wait()
+        assert connection.recv(256) == b""
+    lab.spawn(lab.host, sys.executable, "-c", _WILDCARD_LISTENER, "0.0.0.0", "8080")
+    lab.wait(lambda: lab.host.sh("ss -Hltn sport = 8080"), "the wildcard listener is up")
+    lab.wait(lambda: "8080" in lab.host.sh("nft list set inet steerd wildcard_ports4"), "steerd knows the listener")
+    assert "TIME-WAIT" in lab.host.sh("ss -Htan sport = 8080")
+    _free_port(lab, source)
+    refused_within(3.0, lambda: lab.ask(Extension(5, 0), 443, source=source))
+
+
+def _free_port(lab: Gateway, source: tuple[str, int]) -> None:
+    """End what the client's kernel still keeps of a 4-tuple, without a packet: as if the client had been restarted."""
+    lab.client.sh(f"ss -K state all src {source[0]} sport = {source[1]} >/dev/null; true")
+
+
+def test_a_reset_4_tuple_asked_for_another_target_never_meets_the_old_one(lab: Gateway) -> None:
+    """Conntrack keeps translating a connection that the server reset (state CLOSE), and a new SYN on the same 4-tuple
+    is taken for part of it: without the check of what was translated, the old daemon would answer."""
+    lab.respond(("10.64.0.0", 100, 8080))
+    for round_ in range(10):
+        source = (CLIENT4, 40000 + round_)
+        with lab.socket(Extension(5, 0), source=source) as connection:
+            connection.connect((ENDPOINT4, 443))
+            assert connection.recv(256).startswith(b"10.64.0.4 ")
+            connection.send(b"reset")
+            with pytest.raises(ConnectionResetError):
+                connection.recv(256)
+        assert lab.ask(Extension(6, 0), 443, source=source).startswith("10.64.0.5 ")
+    assert lab.counters()["stale"] > 0, "the case did not come up, and nothing was tested"
+
+
+def test_a_client_that_vanished_and_asks_for_another_target_gets_there(lab: Gateway) -> None:
+    """Its old connection still stands on the gateway. The old daemon's socket answers the SYN with a challenge ACK, the
+    client resets, and the repeated SYN is steered anew; at no time does the old target accept it."""
+    lab.respond(("10.64.0.0", 100, 8080))
+    source = (CLIENT4, 41000)
+    vanishing = lab.socket(Extension(5, 0), source=source)
+    vanishing.connect((ENDPOINT4, 443))
+    assert vanishing.recv(256).startswith(b"10.64.0.4 ")
+    vanishing.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    vanishing.close()  # in repair mode, a socket goes without a word
+    started = time.monotonic()
+    assert lab.ask(Extension(6, 0), 443, source=source).startswith("10.64.0.5 ")
+    assert time.monotonic() - started < 5
+
+
+def test_a_target_that_is_not_listening_is_refused_at_once(lab: Gateway) -> None:
+    refused_within(0.5, lambda: lab.ask(Extension(5, 0), 443))
+    refused_within(0.5, lambda: lab.ask(Extension(5, 0), 443, version=6))
+
+
+def test_a_flushed_ruleset_comes_back(lab: Gateway) -> None:
+    """`systemctl restart nftables` begins with `flush ruleset`."""
+    lab.respond(("10.64.0.0", 100, 8080))
+    assert lab.ask(Extension(5, 0), 443).startswith("10.64.0.4 ")
+    lab.expected_warnings = ["table inet steerd was removed by somebody; loading it again"]
+    lab.host.sh("nft flush ruleset")
+    lab.wait(lambda: lab.count_events(lab.expected_warnings[0]) == 1, "the daemon has noticed")
+    lab.wait(lambda: lab.host.sh("nft list chain inet steerd steer", check=False), "the table is back")
+    assert lab.ask(Extension(5, 0), 443).startswith("10.64.0.4 ")
+
+
+def test_admit_is_the_operators_and_is_kept(lab: Gateway) -> None:
+    """Rules in chain admit judge before a worker does, and survive a restart of the daemon."""
+    lab.respond(("10.64.0.0", 100, 8080))
+    lab.host.sh("nft add rule inet steerd admit ip saddr 198.51.100.2 drop")
+
+    def refused_by_admit() -> bool:
+        with lab.socket(Extension(5, 0), source=("198.51.100.2", 0)) as connection:
+            connection.settimeout(0.3)
+            try:
+                connection.connect((ENDPOINT4, 443))
+            except TimeoutError:
+                return True
+        return False
+
+    assert refused_by_admit()
+    lab.stop()
+    lab.start()
+    assert refused_by_admit()
+    assert lab.ask(Extension(5, 0), 443).startswith("10.64.0.4 ")

@@ -1,0 +1,42 @@
+#!/bin/bash
+# Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo`, `make test` and `make bench`: what is missing of the
+# packages below through apt (with sudo if need be), and a virtual environment in .venv. Says what it does; does
+# nothing if nothing is missing. Packages and .venv stay.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(
+	nftables iptables iproute2 procps           # the packet path, and namespaces to try it in
+	conntrack tcpdump shellcheck curl           # tests
+	python3-dev python3-venv gcc libc6-dev pkg-config libnetfilter-queue-dev libnfnetlink-dev # python-netfilterqueue
+)
+
+as_root() {
+	if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+missing=()
+for package in "${packages[@]}"; do
+	dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+	echo "setup: installing with apt: ${missing[*]}"
+	log=$(mktemp)
+	if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y --no-install-recommends "${missing[@]}"; } </dev/null >"$log" 2>&1; then
+		tail -20 "$log" >&2
+		echo "setup: apt could not install what is missing (its words are above)" >&2
+		exit 1
+	fi
+	rm -f "$log"
+fi
+
+# The distribution's Python, since it is the one that python3-dev and python3-venv belong to.
+stamp=.venv/.prepared-for
+wanted=$(cat pyproject.toml <(/usr/bin/python3 -V) | sha256sum)
+if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
+	echo "setup: preparing the Python environment in .venv"
+	[ -x .venv/bin/python ] || /usr/bin/python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	echo "$wanted" >$stamp
+fi
