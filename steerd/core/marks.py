@@ -1,0 +1,60 @@
+"""Marks: how a decision is written into the bits of the packet mark that are ours.
+
+The bits are a range `low`..`high` (inclusive) of the 32. The highest one is the flag "awaits a worker", which only the
+fall-back for kernels without nft `queue` sets; the bits below it hold an id. An id names a target for ever, except
+for the few below FIRST_TARGET_ID, which name an answer instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+NO_DECISION = 0
+"""What a mark says that nobody has set."""
+RESET_ID = 1
+"""Answer with a TCP reset."""
+STALE_ID = 2
+"""The id belongs to a configuration that is gone; the packet must not reach anybody."""
+FIRST_TARGET_ID = 16
+"""Ids from here on are targets; those between are kept for answers yet to come."""
+
+MARK_BITS = 32
+"""Width of `skb->mark` (include/linux/skbuff.h)."""
+
+
+class MarkLayout(NamedTuple):
+    """An inclusive range of mark bits, 0 <= low < high <= 31."""
+
+    low: int
+    high: int
+
+    @property
+    def shift(self) -> int:
+        """How far an id is shifted to stand in the mark."""
+        return self.low
+
+    @property
+    def width(self) -> int:
+        """How many bits are ours, the flag included."""
+        return self.high - self.low + 1
+
+    @property
+    def mask(self) -> int:
+        """All bits that are ours, the flag included, as a mark value."""
+        return ((1 << self.width) - 1) << self.low
+
+    @property
+    def flag(self) -> int:
+        """The bit "awaits a worker", as a mark value."""
+        return 1 << self.high
+
+    @property
+    def highest_id(self) -> int:
+        """The largest id that fits below the flag."""
+        return (1 << (self.width - 1)) - 1
+
+    def field(self, id_: int) -> int:
+        """The mark value of an id (other bits zero); raises ValueError unless 0 <= id <= highest_id."""
+        if not 0 <= id_ <= self.highest_id:
+            raise ValueError(f"Id {id_} does not fit into mark bits {self.low}-{self.high}: 0 to {self.highest_id}.")
+        return id_ << self.low
