@@ -1,0 +1,350 @@
+"""The router: from keys and a source address to the best matching route, in a few hash lookups.
+
+A route matches when all its conditions hold and the source address is in its source prefix (if it has one). Of all
+routes of a service that match, the best one is chosen by these rules; a later rule is asked only where the earlier
+ones leave two routes equal:
+
+1. a route with only exact conditions before one with a pattern (`*.example`, `/api/*`);
+2. longer patterns before shorter: the sum of the lengths of a route's patterns, without their `*`, in characters;
+3. more conditions before fewer; a source prefix counts as one condition;
+4. a longer source prefix before a shorter, and any before none;
+5. the order of `inspect`: each condition's key has the place (0, 1, ...) of its parser there; the route whose places,
+   sorted, are smaller when compared like words comes first.
+
+Two routes that are equal by all five rules and could both match one connection are a tie: nothing says which one is
+meant, so it is a mistake in the configuration. Two routes "could both match" when their sources overlap and, for every
+key that both name, some text satisfies both conditions. A tie between routes with the same conditions and the same
+source is called a duplicate.
+
+How it is done. Every rule looks only at a route's *shape* (which keys, matched how, patterns how long, a source prefix
+of which family and how long), never at its values. All routes of one shape make one *probe*: cut the keys and the
+source address to that shape, and ask one flat table (bytes to bytes; it lives in LMDB) for the result. Routes of one
+shape cannot both match unless they are duplicates, so the first probe in the order above that finds something has
+found the best route. The cost of a lookup is the number of shapes, whatever the number of routes.
+
+A key of the table:
+
+    service index u16 | number of the probe u16 | source prefix, cut to its length, 4 or 16 bytes (or none) | values
+
+in network order. Values are netstrings (`3:abc`, length in bytes of UTF-8) in the order of their keys' names. Where
+they do not fit into what LMDB allows, `#` and a 16-byte BLAKE2b of them stand in their place; no netstring begins
+with `#`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from steerd.model import IPNetwork, Keys, Match, Route
+
+MAX_KEY = 511
+"""The longest key that LMDB takes (`mdb_env_get_maxkeysize`, as built by default)."""
+MAX_PROBES = 4096
+"""The most shapes that a service's routes may have: every lookup may have to try them all."""
+
+_MAX_VALUES = MAX_KEY - 2 - 2 - 16
+_NO_SOURCE = -1
+"""The "length" of a source prefix that is not there: shorter than /0."""
+
+InspectKeys = Sequence[Sequence[str]]
+"""The keys of each parser, in the order of `inspect`; `http.header.*` stands for a family of keys."""
+
+
+class Part(NamedTuple):
+    """What a probe does with one key. `length` is that of the pattern in characters, 0 for an exact match."""
+
+    key: str
+    match: Match
+    length: int
+
+
+class Probe(msgspec.Struct, frozen=True, array_like=True):
+    """One shape of routes, ready to be looked up (and to be sent to workers: msgspec encodes it)."""
+
+    number: bytes
+    """Two bytes, network order: unique within the service."""
+    parts: tuple[Part, ...]
+    """Sorted by key; no key twice."""
+    source_width: int
+    """Bytes of a source address: 4, 16, or 0 for a shape without a source prefix."""
+    source_shift: int
+    """How many low bits of the source address are not part of the prefix."""
+
+
+class Compiled(NamedTuple):
+    """One service's routes: probes in the order they are tried, and what to put into the table."""
+
+    probes: tuple[Probe, ...]
+    entries: list[tuple[bytes, int]]
+    """(key in the table, index of the route)."""
+
+
+class Conflict(NamedTuple):
+    """A route that is as good as an earlier one for some connection (indices into the sequence of routes)."""
+
+    route: int
+    other: int
+    duplicate: bool
+    """True: same conditions and source. False: a tie between different ones."""
+
+
+class _Shape(NamedTuple):
+    parts: tuple[Part, ...]
+    version: int
+    source_length: int
+
+
+def lookup(
+    service_index: int,
+    probes: Iterable[Probe],
+    keys: Keys,
+    source: bytes,
+    get: Callable[[bytes], bytes | None],
+) -> bytes | None:
+    """What the table holds for the best matching route, or None where no route matches.
+
+    `probes` as compiled for this service, `source` the packed client address (4 or 16 bytes), `get` the table.
+    """
+    service = service_index.to_bytes(2, "big")
+    width = len(source)
+    for probe in probes:
+        if probe.source_width and probe.source_width != width:
+            continue
+        values = b""
+        for key, match, length in probe.parts:
+            text = keys.get(key)
+            if text is not None and match is not Match.EXACT:
+                text = _cut(text, match, length)
+            if text is None:
+                break
+            values += _netstring(text)
+        else:
+            prefix = _source_prefix(source, probe.source_shift) if probe.source_width else b""
+            found = get(_table_key(service, probe.number, prefix, values))
+            if found is not None:
+                return found
+    return None
+
+
+def compile_routes(service_index: int, routes: Sequence[Route], inspect_keys: InspectKeys) -> Compiled:
+    """Probes and table entries for one service (index 0..65535). The routes are without conflicts, and no route names
+    a key twice. Raises ValueError for a key that no parser gives, and for more than MAX_PROBES shapes."""
+    shapes = [_shape(route) for route in routes]
+    precedence = _by_precedence(inspect_keys)
+    # After the five rules only shapes that never match together are left equal; their order must merely be stable.
+    ordered = sorted(
+        set(shapes), key=lambda shape: (precedence(shape), [_order(part) for part in shape.parts], shape[1:])
+    )
+    if len(ordered) > MAX_PROBES:
+        raise ValueError(f"Routes of {len(ordered)} different shapes; at most {MAX_PROBES} can be looked up.")
+    probes = {shape: _probe(number, shape) for number, shape in enumerate(ordered)}
+    service = service_index.to_bytes(2, "big")
+    entries = [
+        (_entry_key(service, probes[shape], route), index)
+        for index, (shape, route) in enumerate(zip(shapes, routes, strict=True))
+    ]
+    return Compiled(tuple(probes.values()), entries)
+
+
+def count_shapes(routes: Iterable[Route]) -> int:
+    """How many probes a lookup among these routes may need."""
+    return len({_shape(route) for route in routes})
+
+
+def parser_rank(key: str, inspect_keys: InspectKeys) -> int | None:
+    """The place in `inspect` of the parser that gives a key, counted from 0; None where no parser gives it."""
+    for rank, names in enumerate(inspect_keys):
+        for name in names:
+            if key == name or (name.endswith(".*") and len(key) >= len(name) and key.startswith(name[:-1])):
+                return rank
+    return None
+
+
+def conflicts(routes: Sequence[Route], inspect_keys: InspectKeys) -> list[Conflict]:
+    """Every route that is a duplicate of an earlier one or ties with an earlier one, each once, in their order.
+
+    Near-linear in the number of routes as long as the shapes of equal precedence are few or have an exact key in
+    common: routes are compared only with those of other shapes, and by hashing what the two shapes can see of each
+    other's values. Raises ValueError for a key that no parser gives.
+    """
+    precedence = _by_precedence(inspect_keys)
+    first_with: dict[tuple[frozenset[object], IPNetwork | None], int] = {}
+    classes: dict[object, list[int]] = defaultdict(list)
+    shapes = [_shape(route) for route in routes]
+    found = []
+    for index, route in enumerate(routes):
+        first = first_with.setdefault((frozenset(route.conditions), route.source), index)
+        if first != index:
+            found.append(Conflict(index, first, duplicate=True))
+        else:
+            classes[precedence(shapes[index])].append(index)
+    for equals in classes.values():
+        for rivals in _split_by_common_keys(equals, routes):
+            found.extend(_ties(rivals, routes, shapes))
+    return sorted(found)
+
+
+def _split_by_common_keys(indices: list[int], routes: Sequence[Route]) -> Iterable[list[int]]:
+    """Groups of routes, of one precedence, such that routes of different groups cannot both match: they differ in the
+    source (all have one of the same length, or none has) or in a key that all of them match exactly."""
+    common = set.intersection(*(_exact_keys(routes[index]) for index in indices))
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index in indices:
+        route = routes[index]
+        values = frozenset(condition for condition in route.conditions if condition.key in common)
+        groups[values, route.source].append(index)
+    return groups.values()
+
+
+def _exact_keys(route: Route) -> set[str]:
+    return {condition.key for condition in route.conditions if condition.match is Match.EXACT}
+
+
+def _ties(indices: list[int], routes: Sequence[Route], shapes: Sequence[_Shape]) -> Iterable[Conflict]:
+    """Ties among routes of one precedence and one source, without duplicates."""
+    # A route is asked about one by one against the shapes before it, and no further once one has it, so that a
+    # thousand shapes which all tie with each other do not take a million comparisons.
+    seen: dict[_Shape, _Seen] = {}
+    for index in indices:
+        route, shape = routes[index], shapes[index]
+        others = (seen[other].tied_with(route, shape) for other in seen if other != shape)
+        other = next((other for other in others if other is not None), None)
+        if other is not None:
+            yield Conflict(index, other, duplicate=False)
+        seen.setdefault(shape, _Seen(shape)).add(index, route)
+
+
+class _Seen:
+    """Routes of one shape, to be asked whether one of them could match together with a route of another shape."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self._shape = shape
+        self._routes: list[tuple[int, Route]] = []
+        self._views: dict[_Shape, dict[tuple[str, ...], int]] = {}
+
+    def add(self, index: int, route: Route) -> None:
+        self._routes.append((index, route))
+        for other, view in self._views.items():
+            self._put(view, index, route, other)
+
+    def tied_with(self, route: Route, shape: _Shape) -> int | None:
+        """The first route of this shape that could match together with one of another shape."""
+        view = self._views.get(shape)
+        if view is None:
+            view = self._views[shape] = {}
+            for index, mine in self._routes:
+                self._put(view, index, mine, shape)
+        seen = _seen_by(route, self._shape)
+        return None if seen is None else view.get(seen)
+
+    @staticmethod
+    def _put(view: dict[tuple[str, ...], int], index: int, route: Route, other: _Shape) -> None:
+        seen = _seen_by(route, other)
+        if seen is not None:
+            view.setdefault(seen, index)
+
+
+def _seen_by(route: Route, other: _Shape) -> tuple[str, ...] | None:
+    """What routes of another shape can see of a route's values: two routes of two shapes could both match exactly if
+    each sees the same of the other. None: no route of that shape could match together with this one."""
+    parts = {part.key: part for part in other.parts}
+    seen = []
+    for condition in sorted(route.conditions):
+        part = parts.get(condition.key)
+        if part is None:
+            continue
+        value: str | None = condition.value
+        if condition.match is Match.EXACT and part.match is not Match.EXACT:
+            value = _cut(condition.value, part.match, part.length)
+        elif condition.match is part.match:
+            # Two suffixes (or two prefixes) agree if the longer one ends (begins) with the shorter.
+            if condition.match is not Match.EXACT and len(condition.value) > part.length:
+                value = _cut(condition.value, part.match, part.length)
+        elif part.match is not Match.EXACT:
+            # A prefix and a suffix never exclude each other: put one before the other.
+            value = ""
+        if value is None:
+            return None
+        seen.append(value)
+    return tuple(seen)
+
+
+def _by_precedence(inspect_keys: InspectKeys) -> Callable[[_Shape], tuple[object, ...]]:
+    """A sort key for shapes: the five rules, smaller is better."""
+
+    @functools.cache
+    def rank(key: str) -> int:
+        found = parser_rank(key, inspect_keys)
+        if found is None:
+            raise ValueError(f"No parser of this service gives the key {key}.")
+        return found
+
+    @functools.cache
+    def precedence(shape: _Shape) -> tuple[object, ...]:
+        return (
+            any(part.match is not Match.EXACT for part in shape.parts),
+            -sum(part.length for part in shape.parts),
+            -(len(shape.parts) + (shape.source_length != _NO_SOURCE)),
+            -shape.source_length,
+            sorted_ranks(shape),
+        )
+
+    def sorted_ranks(shape: _Shape) -> tuple[int, ...]:
+        return tuple(sorted(rank(part.key) for part in shape.parts))
+
+    return precedence
+
+
+def _shape(route: Route) -> _Shape:
+    parts = [Part(key, match, 0 if match is Match.EXACT else len(value)) for key, match, value in route.conditions]
+    parts.sort(key=_order)
+    if route.source is None:
+        return _Shape(tuple(parts), 0, _NO_SOURCE)
+    return _Shape(tuple(parts), route.source.version, route.source.prefixlen)
+
+
+def _order(part: Part) -> tuple[str, str, int]:
+    return part.key, part.match.value, part.length
+
+
+def _probe(number: int, shape: _Shape) -> Probe:
+    width = {0: 0, 4: 4, 6: 16}[shape.version]
+    return Probe(number.to_bytes(2, "big"), shape.parts, width, width * 8 - shape.source_length if width else 0)
+
+
+def _entry_key(service: bytes, probe: Probe, route: Route) -> bytes:
+    by_key = {condition.key: condition.value for condition in route.conditions}
+    values = b"".join(_netstring(by_key[part.key]) for part in probe.parts)
+    source = route.source
+    prefix = b"" if source is None else _source_prefix(source.network_address.packed, probe.source_shift)
+    return _table_key(service, probe.number, prefix, values)
+
+
+def _table_key(service: bytes, probe_number: bytes, prefix: bytes, values: bytes) -> bytes:
+    if len(values) > _MAX_VALUES:
+        values = b"#" + hashlib.blake2b(values, digest_size=16).digest()
+    return service + probe_number + prefix + values
+
+
+def _source_prefix(source: bytes, shift: int) -> bytes:
+    return (int.from_bytes(source, "big") >> shift).to_bytes(len(source), "big")
+
+
+def _netstring(text: str) -> bytes:
+    # "surrogatepass": whatever characters a parser yields, a lookup must not fail.
+    value = text.encode("utf-8", "surrogatepass")
+    return b"%d:%b" % (len(value), value)
+
+
+def _cut(text: str, match: Match, length: int) -> str | None:
+    """The end (SUFFIX) or beginning (PREFIX) of a text that a pattern of this length is compared with; None if the
+    text is too short to match such a pattern at all. A suffix wants something before it."""
+    if match is Match.SUFFIX:
+        return text[len(text) - length :] if len(text) > length else None
+    return text[:length] if len(text) >= length else None
