@@ -1,0 +1,1024 @@
+"""The configuration: from a TOML file to values that the rest of steerd can use without checking anything again.
+
+`load` and `parse` give a Config, or raise a ConfigError that names every mistake found, each with its dotted key
+(routes and lists are counted from 0) and a sentence: what is wrong, what would be right. A value that is already
+reported is left out of later checks, so that one mistake is one line.
+
+Three steps, in this file's order:
+1. a reader walks the structs below field by field: unknown keys, missing keys, wrong types, numbers out of range;
+2. text becomes addresses, endpoints, targets, conditions;
+3. the parts are held against each other: what overlaps, what contradicts, what can never match.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import enum
+import functools
+import ipaddress
+import json
+import operator
+import os
+import re
+import tomllib
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, Struct
+
+from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
+from steerd.core.pools import Mode, Pool
+from steerd.core.router import MAX_PROBES, conflicts, count_shapes, parser_rank
+from steerd.errors import ConfigError, Problem
+from steerd.model import TCP, Condition, Endpoint, IPAddress, IPNetwork, Match, Outcome, Route, Target
+from steerd.wire.portext import Numbers
+from steerd.wire.registry import REGISTRY
+
+PORT_EXTENSION = "port-extension"
+"""The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
+PORT_EXTENSION_KEYS = ("portext.dst", "portext.src", "portext.port")
+
+MAX_REAL_ADDRESSES = 1 << 20
+"""The most aliases of a pool in mode `addresses`: the kernel keeps an address and a route for each, and reconciling
+reads them all."""
+MIN_MARK_BITS = 20
+"""The fewest mark bits to live on: the flag, and ids for half a million targets."""
+MAX_SERVICES = 65536
+"""The router's table keys hold a service's index in 16 bits."""
+
+_MAX_PORT = 65535
+_MAX_EXTENDED_PORT = (1 << 32) - 1
+_MAX_QUEUES = 65536
+_KERNEL_TCP_OPTIONS = {19: "MD5", 28: "user timeout", 29: "TCP-AO", 30: "MPTCP", 34: "Fast Open", 69: "TCP-ENO"}
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+_Rate = Annotated[int, Meta(ge=1, le=(1 << 32) - 1)]
+# The kernel multiplies by HZ (at most 1000) in 32 bits (net/netfilter/nf_conntrack_proto_tcp.c).
+_Seconds = Annotated[int, Meta(ge=1, le=((1 << 32) - 1) // 1000)]
+
+
+# --- What the rest of steerd sees ------------------------------------------------------------------------------------
+
+
+class Limits(Struct, frozen=True):
+    """How many new connections get as far as a worker: per second, and at once (burst)."""
+
+    source_rate: _Rate = 1000
+    """One IPv4 address, or one IPv6 /64."""
+    source_burst: _Rate = 2000
+    stranger_rate: _Rate = 2000
+    """All sources together that never completed a connection."""
+    stranger_burst: _Rate = 4000
+    total_rate: _Rate = 50000
+    total_burst: _Rate = 50000
+
+
+class Timeouts(Struct, frozen=True):
+    """Conntrack timeouts of steered TCP connections, in seconds."""
+
+    syn_sent: _Seconds = 5
+    syn_recv: _Seconds = 15
+    time_wait: _Seconds = 10
+    close: _Seconds = 2
+
+
+class Gateway(Struct, frozen=True):
+    """What concerns the whole machine."""
+
+    state_dir: str
+    """An absolute path, like run_dir."""
+    run_dir: str
+    workers: int
+    first_queue: int
+    """NFQUEUE numbers first_queue .. first_queue + workers - 1."""
+    mark: MarkLayout
+    queue_length: int
+    """Packets."""
+    receive_buffer: int
+    """Bytes."""
+    access_log: int
+    """0: off; N: one of N decisions is logged."""
+    limits: Limits
+    timeouts: Timeouts
+    port_extension: Numbers
+
+
+class ExtensionPool(Struct, frozen=True):
+    """Arithmetic from an extension (or an extended port) to the alias of a pool: `first + i` is the i-th alias."""
+
+    pool: Pool
+    by: Literal["extension", "extended-port"]
+    first: int
+    port: int
+    """0 is `same`."""
+    wildcard: bool
+    """A socket that is bound to the wildcard address may answer for these targets."""
+
+
+class Unextended(enum.StrEnum):
+    """What becomes of a SYN without extension at an endpoint that inspects the port extension."""
+
+    PASS = "pass"
+    """Left to the gateway's own socket."""
+    DEFAULT = "default"
+    UNMATCHED = "unmatched"
+
+
+class Service(Struct, frozen=True):
+    """Endpoints that share inspection order, routes and a default."""
+
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    inspect: tuple[str, ...]
+    default: tuple[Target, ...]
+    """At most one of each address family; empty: none."""
+    unmatched: Outcome
+    """RESET or DROP."""
+    unextended: Unextended | None
+    """None: `inspect` does not name the port extension."""
+    extension_pool: ExtensionPool | None
+    routes: tuple[Route, ...]
+    """Without duplicates and ties."""
+
+    @property
+    def key_order(self) -> tuple[tuple[str, ...], ...]:
+        """The keys of each parser in `inspect`, in that order, as the router wants them."""
+        return tuple(_keys_of(parser) for parser in self.inspect)
+
+
+class Config(Struct, frozen=True):
+    """A configuration without a known mistake."""
+
+    file: str
+    gateway: Gateway
+    pools: dict[str, Pool]
+    services: tuple[Service, ...]
+    """Sorted by name; a service's place here is its index in the router's table."""
+    wildcard: tuple[Target, ...]
+    """Targets of routes and defaults with `wildcard = true`, each once."""
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read and check a configuration file; raises ConfigError with every mistake in it, or why it cannot be read."""
+    file = os.fspath(path)
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(file, [Problem("file", f"Cannot be read: {error.strerror}.")]) from error
+    except UnicodeDecodeError as error:
+        message = f"Is not text in UTF-8: the byte at offset {error.start} does not belong there."
+        raise ConfigError(file, [Problem("file", message)]) from error
+    return parse(text, file)
+
+
+def parse(text: str, file: str) -> Config:
+    """Check a configuration that is already read; `file` is its name in messages. Raises ConfigError."""
+    reader = _Reader()
+    raw = reader.read(_File, _toml(text, file), "")
+    gateway = _gateway(raw.gateway, reader)
+    prefixes = {name: _prefixes(name, pool, reader) for name, pool in raw.pools.items()}
+    endpoints = {name: _endpoints(name, service, reader) for name, service in raw.services.items()}
+    _check_overlaps(prefixes, endpoints, reader)
+    pools = {name: _pool(name, pool, prefixes[name], reader) for name, pool in raw.pools.items()}
+    scene = _Scene(pools, endpoints, reader)
+    services = [_service(name, raw.services[name], scene) for name in sorted(raw.services)]
+    if len(services) > MAX_SERVICES:
+        reader.problem("services", f"There are {len(services)} services; at most {MAX_SERVICES} are possible.")
+    _check_ids(gateway, services, reader)
+    if reader.problems:
+        raise ConfigError(file, reader.problems)
+    return Config(file, gateway, pools, tuple(services), tuple(scene.wildcard))
+
+
+# --- 1. From TOML to structs -----------------------------------------------------------------------------------------
+
+
+class _RawPortExtension(Struct):
+    ipv4_option: Annotated[int, Meta(ge=2, le=255)] = Numbers().ipv4_option
+    # A host that does not know an option skips it only if its top two bits are 0 (RFC 8200 section 4.2).
+    ipv6_option: Annotated[int, Meta(ge=2, le=63)] = Numbers().ipv6_option
+    tcp_option: Annotated[int, Meta(ge=9, le=255)] = Numbers().tcp_option
+    exid: Annotated[int, Meta(ge=0, le=65535)] = Numbers().exid
+
+
+class _RawGateway(Struct):
+    state_dir: str = "/var/lib/steerd"
+    run_dir: str = "/run/steerd"
+    workers: Annotated[int, Meta(ge=1, le=64)] = min(os.cpu_count() or 1, 64)
+    first_queue: Annotated[int, Meta(ge=0, le=65535)] = 21300
+    mark_bits: str = "8-31"
+    queue_length: Annotated[int, Meta(ge=1, le=65536 * 16)] = 4096
+    # The kernel doubles what SO_RCVBUFFORCE is given, in an int; below a page not one packet would fit.
+    receive_buffer: Annotated[int, Meta(ge=4096, le=(1 << 30) - 1)] = 8388608
+    access_log: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    port_extension: _RawPortExtension = msgspec.field(default_factory=_RawPortExtension)
+
+
+class _RawPool(Struct):
+    prefixes: list[str]
+    mode: Mode = "addresses"
+    size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
+
+
+class _RawExtensionPool(Struct):
+    pool: str
+    by: Literal["extension", "extended-port"]
+    first: Annotated[int, Meta(ge=1, le=_MAX_EXTENDED_PORT)] | None = None
+    port: Annotated[int, Meta(ge=1, le=_MAX_PORT)] | Literal["same"] = "same"
+    wildcard: bool = False
+
+
+class _RawTarget(Struct):
+    address: str
+    external: bool = False
+    wildcard: bool = False
+
+
+class _RawRoute(Struct):
+    target: Any
+    when: dict[str, Any] = {}
+    source: str | None = None
+
+
+class _RawService(Struct):
+    endpoints: list[str]
+    inspect: list[str] = []
+    default: Any = None
+    unmatched: Literal["reset", "drop"] = "reset"
+    unextended: Literal["pass", "default", "unmatched"] | None = None
+    extension_pool: _RawExtensionPool | None = None
+    routes: list[_RawRoute] = []
+
+
+class _File(Struct):
+    gateway: _RawGateway = msgspec.field(default_factory=_RawGateway)
+    pools: dict[str, _RawPool] = {}
+    services: dict[str, _RawService] = {}
+
+
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound=Struct)
+
+
+class _Reader:
+    """Reads structs out of TOML, collects mistakes, and remembers where they are."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._bad: set[str] = set()
+        self._fields: dict[type[Struct], tuple[msgspec.structs.FieldInfo, ...]] = {}
+
+    def problem(self, key: str, message: str) -> None:
+        """Report a mistake at a dotted key."""
+        self.problems.append(Problem(key, message))
+        self._bad.add(key)
+        self._bad.update(key[: end.start()] for end in re.finditer(r"[.\[]", key))
+
+    def is_bad(self, key: str) -> bool:
+        """Whether a mistake was reported at this key or below it."""
+        return key in self._bad
+
+    def attempt(self, key: str, parse: Callable[[str], _T], text: str) -> _T | None:
+        """What a function makes of a text; it raises ValueError with a sentence. None: it did, or the text's place was
+        reported before."""
+        if key in self._bad:
+            return None
+        try:
+            return parse(text)
+        except ValueError as error:
+            self.problem(key, str(error))
+            return None
+
+    def read(self, kind: type[_S], value: object, path: str) -> _S:
+        """A struct from a TOML table. What is missing or wrong is reported, and has its default or an empty value."""
+        is_table = self._is_table(value, path)
+        table: dict[str, object] = value if isinstance(value, dict) else {}
+        fields = self._fields.get(kind)
+        if fields is None:
+            fields = self._fields[kind] = msgspec.structs.fields(kind)
+        found: dict[str, object] = {}
+        for field in fields:
+            key = _join(path, field.name)
+            if field.name in table:
+                found[field.name] = self._value(field.type, table[field.name], key)
+            elif field.required and is_table:
+                self.problem(key, f"Is missing; it must be {_described(field.type)}.")
+        if not table.keys() <= found.keys():
+            names = [field.name for field in fields]
+            for name in table:
+                if name not in names:
+                    self.problem(_join(path, name), f"Is not a known key; {_instead(name, names)}")
+        for field in fields:
+            if found.get(field.name, msgspec.UNSET) is msgspec.UNSET:
+                found.pop(field.name, None)
+                if field.required:
+                    found[field.name] = _empty(field.type)
+        return kind(**found)
+
+    def _value(self, kind: Any, value: object, path: str) -> object:
+        """The value of a field; UNSET if it is wrong (and reported)."""
+        kind = _without_none(kind)
+        if _is_struct(kind):
+            return self.read(kind, value, path)
+        args = get_args(kind)
+        if get_origin(kind) is dict and isinstance(value, dict) and _is_struct(args[1]):
+            tables = ((name, table, _join(path, name)) for name, table in value.items())
+            return {name: self.read(args[1], table, key) for name, table, key in tables if self._is_table(table, key)}
+        if get_origin(kind) is list and isinstance(value, list):
+            if _is_struct(args[0]):
+                return [self.read(args[0], table, f"{path}[{index}]") for index, table in enumerate(value)]
+            items = (self._leaf(args[0], text, f"{path}[{index}]") for index, text in enumerate(value))
+            return ["" if item is msgspec.UNSET else item for item in items]
+        return self._leaf(kind, value, path)
+
+    def _is_table(self, value: object, path: str) -> bool:
+        if not isinstance(value, dict):
+            self.problem(path, f"Must be a table, not {_shown(value)}.")
+        return isinstance(value, dict)
+
+    def _leaf(self, kind: Any, value: object, path: str) -> object:
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            self.problem(path, f"Must be {_described(kind)}, not {_shown(value)}.")
+            return msgspec.UNSET
+
+
+def _toml(text: str, file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        message = str(error)
+        place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+        line = place[1] if place and place[1] else str(len(text.splitlines()))
+        reason = message[: place.start()] if place else message
+        raise ConfigError(file, [Problem(f"line {line}", f"Is not TOML: {reason}.")]) from error
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Struct)
+
+
+def _without_none(kind: Any) -> Any:
+    """`X | None` as X: TOML has no null, so None only ever means "not written"."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    return functools.reduce(operator.or_, (part for part in get_args(kind) if part is not types.NoneType))
+
+
+def _empty(kind: Any) -> object:
+    """What stands for a required value that is missing or wrong."""
+    if get_origin(kind) is list:
+        return []
+    if get_origin(kind) is Literal:
+        return get_args(kind)[0]
+    return "" if kind is str else None
+
+
+def _described(kind: Any) -> str:
+    """A type in an operator's words."""
+    kind = _without_none(kind)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"a whole number from {args[1].ge} to {args[1].le}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(part) for part in args)
+    if origin is Literal:
+        return " or ".join(f'"{word}"' for word in args)
+    if origin is list:
+        return "a list of tables" if _is_struct(args[0]) else "a list of texts in quotes"
+    if kind is Any:
+        return 'a target such as "10.64.0.1:8080"'
+    return {str: "text in quotes", bool: "true or false"}.get(kind, "a table")
+
+
+def _shown(value: object) -> str:
+    """A TOML value, short and on one line."""
+    if isinstance(value, str):
+        return json.dumps(value if len(value) <= 60 else f"{value[:60]}...", ensure_ascii=False)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, datetime.date | datetime.time):
+        return "a date or time"
+    return str(value)
+
+
+def _join(path: str, key: str) -> str:
+    key = key if _NAME.fullmatch(key) else json.dumps(key)
+    return f"{path}.{key}" if path else key
+
+
+def _instead(word: str, known: Iterable[str]) -> str:
+    """The second half of a sentence about a word that is not known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"known here: {', '.join(known)}." if known else "there is none yet."
+
+
+# --- 2. From text to values; each function raises ValueError with a sentence ------------------------------------------
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """`203.0.113.10:443/tcp`, `[2001:db8::10]:8000-8999/tcp`."""
+    usage = (
+        'An endpoint is written "203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp" or with a range of ports, "8000-8999"'
+    )
+    rest, slash, protocol = text.partition("/")
+    host, ports = _host_and_port(rest, usage)
+    if not slash:
+        raise ValueError(f"{usage}; {_shown(text)} does not end in /tcp.")
+    if protocol == "udp":
+        raise ValueError("Endpoints of udp are not supported yet; only /tcp is.")
+    if protocol != "tcp":
+        raise ValueError(f"{usage}; {_shown(protocol)} is not a protocol that is steered, only tcp is.")
+    address = _address(host)
+    if (kind := _unusable(ipaddress.ip_network(address))) is not None:
+        raise ValueError(f"{address} is {kind}; an endpoint has an address that clients connect to.")
+    first, dash, last = ports.partition("-")
+    first_port = _port(first)
+    last_port = _port(last) if dash else first_port
+    if last_port < first_port:
+        raise ValueError(f"The port range {ports} ends before it begins; {last}-{first} would be right.")
+    return Endpoint(address, first_port, last_port, TCP)
+
+
+def parse_target(text: str) -> Target:
+    """`10.64.0.5:8080`, `[fd00:64::5]:same`."""
+    host, port = _host_and_port(
+        text, 'A target is written "10.64.0.1:8080", "[fd00:64::1]:8080", or with the port "same"'
+    )
+    return Target(_address(host), 0 if port == "same" else _port(port))
+
+
+def _host_and_port(text: str, usage: str) -> tuple[str, str]:
+    match = re.fullmatch(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<ipv4>[^\[\]:]*)):(?P<port>[^:\[\]]*)", text)
+    if match is None:
+        raise ValueError(f"{usage}; {_shown(text)} is neither.")
+    host = match["ipv4"] if match["ipv6"] is None else match["ipv6"]
+    if (":" in host) != (match["ipv6"] is not None):
+        raise ValueError(f"{usage}; only an IPv6 address stands in brackets.")
+    return host, match["port"]
+
+
+def _address(text: str) -> IPAddress:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError(f"{_shown(text)} is not an IP address; names are not looked up.") from None
+    if "%" in text:
+        raise ValueError(f"{_shown(text)} names an interface; write the address alone.")
+    return address
+
+
+def _port(text: str) -> int:
+    if not _is_decimal(text) or not 1 <= int(text) <= _MAX_PORT:
+        raise ValueError(f"{_shown(text)} is not a port; ports are 1 to {_MAX_PORT}.")
+    return int(text)
+
+
+def _is_decimal(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,10}", text) is not None
+
+
+def _network(text: str) -> IPNetwork:
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f'{_shown(text)} is not a prefix such as "198.51.100.0/24".') from None
+    if "%" in text:
+        raise ValueError(f"{_shown(text)} names an interface; write the prefix alone.")
+    if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
+        raise ValueError(f'{_shown(text)} has bits set behind the prefix length; "{network}" would be right.')
+    return network
+
+
+def _pool_prefix(text: str) -> IPNetwork:
+    network = _network(text)
+    if (kind := _unusable(network)) is not None:
+        raise ValueError(f"{network} is or holds {kind}; no alias can be there.")
+    return network
+
+
+_UNUSABLE: tuple[tuple[IPNetwork, str], ...] = (
+    (ipaddress.ip_network("0.0.0.0/8"), "an unspecified address"),
+    (ipaddress.ip_network("127.0.0.0/8"), "a loopback address"),
+    (ipaddress.ip_network("169.254.0.0/16"), "a link-local address"),
+    (ipaddress.ip_network("224.0.0.0/4"), "a multicast address"),
+    (ipaddress.ip_network("255.255.255.255/32"), "the broadcast address"),
+    (ipaddress.ip_network("::/128"), "the unspecified address"),
+    (ipaddress.ip_network("::1/128"), "the loopback address"),
+    (ipaddress.ip_network("::ffff:0:0/96"), "an IPv4-mapped address"),
+    (ipaddress.ip_network("fe80::/10"), "a link-local address"),
+    (ipaddress.ip_network("ff00::/8"), "a multicast address"),
+)
+
+
+def _unusable(network: IPNetwork) -> str | None:
+    """Why connections from outside can never be steered to (or from) these addresses; None: they can."""
+    for special, kind in _UNUSABLE:
+        if special.version == network.version and network.overlaps(special):
+            return kind
+    return None
+
+
+def _mark_bits(text: str) -> MarkLayout:
+    match = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", text)
+    if match is None or not int(match[1]) < int(match[2]) < MARK_BITS:
+        raise ValueError(f'Must be a range of bits of the packet mark such as "8-31", not {_shown(text)}.')
+    mark = MarkLayout(int(match[1]), int(match[2]))
+    if mark.width < MIN_MARK_BITS:
+        raise ValueError(f"Has {mark.width} bits; steerd needs at least {MIN_MARK_BITS}.")
+    return mark
+
+
+def _directory(text: str) -> str:
+    if not text.startswith("/") or "\0" in text:
+        raise ValueError(f"Must be an absolute path, not {_shown(text)}.")
+    return text
+
+
+def _flatten(table: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    """`http.host = "a"` is a table in a table to TOML; `"http.host" = "a"` is not. Both are the key http.host here."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def _normal_key(key: str) -> str:
+    """Header names are compared without regard to case, and the parser gives them in lower case."""
+    return key.lower() if key.lower().startswith("http.header.") else key
+
+
+def _condition(key: str, value: object, parser: str) -> Condition:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"Must be text in quotes or a whole number, not {_shown(value)}.")
+    text = str(value)
+    if parser == PORT_EXTENSION:
+        return _extension_condition(key, text)
+    if key == "prefix":
+        condition = Condition(key, Match.PREFIX, _payload_prefix(text))
+    else:
+        condition = _text_condition(key, text.lower() if key == "http.host" else text)
+    if any(char > "\xff" for char in condition.value):
+        raise ValueError(
+            "Is compared with bytes, one character each (U+0000 to U+00FF), so it can never match; text in UTF-8 is"
+            " written byte by byte: \\u00c3\\u00a9."
+        )
+    REGISTRY[parser].make((condition.value,))
+    return condition
+
+
+def _text_condition(key: str, text: str) -> Condition:
+    stars = text.count("*")
+    if stars == 0:
+        return Condition(key, Match.EXACT, text)
+    if stars == 1 and text.startswith("*.") and len(text) > 2:
+        return Condition(key, Match.SUFFIX, text[1:])
+    if stars == 1 and text.endswith("*") and len(text) > 1:
+        return Condition(key, Match.PREFIX, text[:-1])
+    raise ValueError(f'A * stands for a beginning, "*.example", or for an end, "/api/*"; {_shown(text)} is neither.')
+
+
+def _extension_condition(key: str, text: str) -> Condition:
+    low, high = (65536, _MAX_EXTENDED_PORT) if key == "portext.port" else (1, 65535)
+    if not _is_decimal(text) or not low <= int(text) <= high:
+        raise ValueError(f"Must be a whole number from {low} to {high}, not {_shown(text)}.")
+    if int(text) % 65536 == 0:
+        raise ValueError(f"{int(text)} is port 0 of extension {int(text) // 65536}, and port 0 is never used.")
+    return Condition(key, Match.EXACT, str(int(text)))
+
+
+def _payload_prefix(text: str) -> str:
+    if text.startswith("hex:"):
+        try:
+            text = bytes.fromhex(text.removeprefix("hex:")).decode("latin-1")
+        except ValueError:
+            raise ValueError(f'Must have two hexadecimal digits a byte, "hex:160301", not {_shown(text)}.') from None
+    if not text:
+        raise ValueError("Is empty and would match everything; use default for that.")
+    return text
+
+
+# --- 3. The parts against each other ---------------------------------------------------------------------------------
+
+
+def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
+    for name, text in (("state_dir", raw.state_dir), ("run_dir", raw.run_dir)):
+        reader.attempt(f"gateway.{name}", _directory, text)
+    mark = reader.attempt("gateway.mark_bits", _mark_bits, raw.mark_bits)
+    last_queue = raw.first_queue + raw.workers - 1
+    if last_queue >= _MAX_QUEUES and not (reader.is_bad("gateway.first_queue") or reader.is_bad("gateway.workers")):
+        reader.problem(
+            "gateway.first_queue",
+            f"With {raw.workers} workers the last queue would be {last_queue}; the highest is {_MAX_QUEUES - 1}.",
+        )
+    numbers = Numbers(*msgspec.structs.astuple(raw.port_extension))
+    if (use := _KERNEL_TCP_OPTIONS.get(numbers.tcp_option)) is not None:
+        reader.problem(
+            "gateway.port_extension.tcp_option",
+            f"Is {numbers.tcp_option}, which is taken ({use}); 253 and 254 are for experiments.",
+        )
+    return Gateway(
+        state_dir=raw.state_dir,
+        run_dir=raw.run_dir,
+        workers=raw.workers,
+        first_queue=raw.first_queue,
+        mark=mark or MarkLayout(8, 31),
+        queue_length=raw.queue_length,
+        receive_buffer=raw.receive_buffer,
+        access_log=raw.access_log,
+        limits=raw.limits,
+        timeouts=raw.timeouts,
+        port_extension=numbers,
+    )
+
+
+def _check_name(kind: str, name: str, reader: _Reader) -> None:
+    if not _NAME.fullmatch(name):
+        reader.problem(
+            _join(kind, name), "Is not a usable name; up to 64 of the letters A-Z, a-z, 0-9, _ and - would be."
+        )
+
+
+def _prefixes(name: str, raw: _RawPool, reader: _Reader) -> dict[str, IPNetwork]:
+    """A pool's prefixes by their dotted keys, without those that were reported."""
+    _check_name("pools", name, reader)
+    path = _join(_join("pools", name), "prefixes")
+    if not raw.prefixes and not reader.is_bad(path):
+        reader.problem(path, 'Names no prefix; one would be "10.64.0.0/16".')
+    found = {f"{path}[{i}]": reader.attempt(f"{path}[{i}]", _pool_prefix, text) for i, text in enumerate(raw.prefixes)}
+    return {key: prefix for key, prefix in found.items() if prefix is not None}
+
+
+def _pool(name: str, raw: _RawPool, prefixes: dict[str, IPNetwork], reader: _Reader) -> Pool:
+    path = _join("pools", name)
+    pool = Pool(name, tuple(prefixes.values()), raw.mode, raw.size)
+    if reader.is_bad(path):
+        return pool
+    for version in (4, 6):
+        held = sum(prefix.num_addresses for prefix in pool.prefixes if prefix.version == version)
+        if raw.size is not None and 0 < held < raw.size:
+            reader.problem(f"{path}.size", f"Is {raw.size}, but the IPv{version} prefixes hold {held} addresses.")
+    aliases = pool.alias_count(4) + pool.alias_count(6)
+    if raw.mode == "addresses" and aliases > MAX_REAL_ADDRESSES:
+        reader.problem(
+            f"{path}.mode",
+            f'Is "addresses" for {aliases} aliases, and at most {MAX_REAL_ADDRESSES} can be real addresses;'
+            ' set size, or mode = "anyip".',
+        )
+    return pool
+
+
+def _endpoints(name: str, raw: _RawService, reader: _Reader) -> dict[str, Endpoint]:
+    """A service's endpoints by their dotted keys, without those that were reported."""
+    _check_name("services", name, reader)
+    path = _join(_join("services", name), "endpoints")
+    if not raw.endpoints and not reader.is_bad(path):
+        reader.problem(path, 'Names no endpoint; one would be "203.0.113.10:443/tcp".')
+    found = {f"{path}[{i}]": reader.attempt(f"{path}[{i}]", parse_endpoint, t) for i, t in enumerate(raw.endpoints)}
+    return {key: endpoint for key, endpoint in found.items() if endpoint is not None}
+
+
+class _Span(NamedTuple):
+    """Numbers `first`..`last` of one kind (ports of an address, addresses of a family), and where they are written."""
+
+    kind: tuple[int, ...]
+    first: int
+    last: int
+    place: int
+    key: str
+    text: str
+
+
+def _overlapping(spans: Iterable[_Span]) -> Iterator[tuple[_Span, _Span]]:
+    """Each span that overlaps another, with one that it overlaps, the one written later first."""
+    widest: _Span | None = None
+    for span in sorted(spans):
+        if widest is None or widest.kind != span.kind:
+            widest = span
+            continue
+        if span.first <= widest.last:
+            yield (span, widest) if span.place > widest.place else (widest, span)
+        if span.last > widest.last:
+            widest = span
+
+
+def _check_overlaps(
+    prefixes: Mapping[str, Mapping[str, IPNetwork]], endpoints: Mapping[str, Mapping[str, Endpoint]], reader: _Reader
+) -> None:
+    """Endpoints among each other, pool prefixes among each other, and pools over endpoints. Whole prefixes count, even
+    where `size` uses only a part of them: in mode `anyip` the kernel takes all of a prefix for local."""
+    all_prefixes = [(key, prefix) for pool in prefixes.values() for key, prefix in pool.items()]
+    all_endpoints = [(key, endpoint) for service in endpoints.values() for key, endpoint in service.items()]
+    port_spans = [
+        _Span((e.protocol, e.address.version, int(e.address)), e.first_port, e.last_port, place, key, str(e))
+        for place, (key, e) in enumerate(all_endpoints)
+    ]
+    address_spans = [
+        _Span((p.version,), int(p.network_address), int(p.broadcast_address), place, key, str(p))
+        for place, (key, p) in enumerate(all_prefixes)
+    ]
+    for spans in (port_spans, address_spans):
+        for later, earlier in _overlapping(spans):
+            reader.problem(later.key, f"{later.text} overlaps {earlier.text} ({earlier.key}).")
+    for key, prefix in all_prefixes:
+        inside = next(((k, e) for k, e in all_endpoints if _holds(prefix, e.address)), None)
+        if inside is not None:
+            reader.problem(key, f"{prefix} holds {inside[1].address}, the address of an endpoint ({inside[0]}).")
+
+
+def _holds(prefix: IPNetwork, address: IPAddress) -> bool:
+    return address.version == prefix.version and address in prefix
+
+
+class _Scene:
+    """What routes and defaults are checked against, where mistakes go, and the targets marked `wildcard`."""
+
+    def __init__(self, pools: dict[str, Pool], endpoints: dict[str, dict[str, Endpoint]], reader: _Reader) -> None:
+        self.reader = reader
+        self.pools = pools
+        self.endpoints = endpoints
+        self.endpoint_keys = {e.address: key for service in endpoints.values() for key, e in service.items()}
+        self.wildcard: dict[Target, None] = {}
+
+    def pool_of(self, address: IPAddress) -> Pool | None:
+        return next((pool for pool in self.pools.values() if address in pool), None)
+
+
+def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
+    reader = scene.reader
+    path = _join("services", name)
+    endpoints = tuple(scene.endpoints[name].values())
+    inspect = _inspect(raw.inspect, f"{path}.inspect", reader)
+    unextended = _unextended(raw, endpoints, path, reader)
+    # Where an endpoint is wrong, nothing can be said about the families of them all.
+    versions: set[int] = {4, 6} if reader.is_bad(f"{path}.endpoints") else {e.address.version for e in endpoints}
+    default: tuple[Target, ...] = ()
+    if raw.default is not None:
+        default = _targets(raw.default, f"{path}.default", versions, scene)
+    extension_pool = _extension_pool(raw, path, versions, scene)
+    routes = _routes(raw.routes, path, inspect, versions, scene)
+    ways = {"routes": raw.routes, "default": raw.default, "extension_pool": raw.extension_pool}
+    if not any(way or reader.is_bad(f"{path}.{key}") for key, way in ways.items()):
+        reader.problem(path, "Can never steer anything: it has no routes, no default and no extension_pool.")
+    return Service(
+        name=name,
+        endpoints=endpoints,
+        inspect=inspect,
+        default=default,
+        unmatched=Outcome(raw.unmatched),
+        unextended=unextended,
+        extension_pool=extension_pool,
+        routes=routes,
+    )
+
+
+def _inspect(words: list[str], path: str, reader: _Reader) -> tuple[str, ...]:
+    known = [PORT_EXTENSION, *REGISTRY]
+    found: list[str] = []
+    for index, word in enumerate(words):
+        key = f"{path}[{index}]"
+        if reader.is_bad(key):
+            continue
+        if word not in known:
+            reader.problem(key, f"{_shown(word)} is not a parser; {_instead(word, known)}")
+        elif word in found:
+            reader.problem(key, f"{_shown(word)} is there twice; each parser is asked once.")
+        else:
+            found.append(word)
+    return tuple(found)
+
+
+def _keys_of(parser: str) -> tuple[str, ...]:
+    return PORT_EXTENSION_KEYS if parser == PORT_EXTENSION else REGISTRY[parser].keys
+
+
+def _unextended(raw: _RawService, endpoints: tuple[Endpoint, ...], path: str, reader: _Reader) -> Unextended | None:
+    key = f"{path}.unextended"
+    if PORT_EXTENSION not in raw.inspect:
+        if raw.unextended is not None and not reader.is_bad(f"{path}.inspect"):
+            reader.problem(key, f'Means nothing unless inspect names "{PORT_EXTENSION}".')
+        return None
+    if raw.unextended is None:
+        ranges = [endpoint for endpoint in endpoints if endpoint.first_port != endpoint.last_port]
+        if ranges and not reader.is_bad(key):
+            reader.problem(
+                key,
+                f"Is missing; since {ranges[0]} is a port range, it must be written out: "
+                '"pass", "default" or "unmatched".',
+            )
+        return Unextended.UNMATCHED
+    if raw.unextended == "default" and raw.default is None:
+        reader.problem(key, 'Is "default", but the service has no default target.')
+    return Unextended(raw.unextended)
+
+
+def _extension_pool(raw: _RawService, path: str, versions: set[int], scene: _Scene) -> ExtensionPool | None:
+    reader = scene.reader
+    path = f"{path}.extension_pool"
+    arithmetic = raw.extension_pool
+    if arithmetic is None or reader.is_bad(path):
+        return None
+    if PORT_EXTENSION not in raw.inspect:
+        reader.problem(path, f'Means nothing unless inspect names "{PORT_EXTENSION}".')
+    pool = scene.pools.get(arithmetic.pool)
+    if pool is None:
+        message = f"{_shown(arithmetic.pool)} is not a pool; {_instead(arithmetic.pool, scene.pools)}"
+        reader.problem(f"{path}.pool", message)
+        return None
+    counts = {version: pool.alias_count(version) for version in (4, 6)}
+    if not reader.is_bad(_join("pools", pool.name)):
+        _check_families((version for version in (4, 6) if counts[version]), versions, f"{path}.pool", reader)
+
+    port = 0 if arithmetic.port == "same" else arithmetic.port
+    if arithmetic.by == "extension":
+        first, highest, what = arithmetic.first or 1, _MAX_PORT, "extension"
+        otherwise = 'give the pool a size, or map by = "extended-port"'
+    else:
+        first, highest, what = arithmetic.first or 65537, _MAX_EXTENDED_PORT, "extended port"
+        otherwise = "give the pool a size"
+        if not port:
+            reader.problem(f"{path}.port", 'Must be a port from 1 to 65535 where by = "extended-port".')
+        if first <= 65536 or first % 65536 == 0:
+            reader.problem(
+                f"{path}.first",
+                f"Is {first}; an extended port is extension * 65536 + port with both at least 1, from 65537 on.",
+            )
+            return None
+    last = first + max(counts.values()) - 1
+    if last > highest:
+        message = f"The last alias would have the {what} {last}, and the highest is {highest}; {otherwise}."
+        reader.problem(f"{path}.first" if arithmetic.first else f"{path}.pool", message)
+    return ExtensionPool(pool, arithmetic.by, first, port, arithmetic.wildcard)
+
+
+def _check_families(found: Iterable[int], wanted: set[int], path: str, reader: _Reader) -> None:
+    found = sorted(set(found))
+    if found and wanted and wanted.isdisjoint(found):
+        families = " and ".join(f"IPv{version}" for version in sorted(wanted))
+        reader.problem(path, f"Has addresses of IPv{found[0]} only, but what comes here is {families}.")
+
+
+def _targets(value: object, path: str, versions: set[int], scene: _Scene) -> tuple[Target, ...]:
+    """Targets from one text, one table, or a list of them; `versions`: families of connections that may come."""
+    reader = scene.reader
+    if value == []:
+        reader.problem(path, 'Names no target; one would be "10.64.0.1:8080".')
+    items = [(f"{path}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else [(path, value)]
+    found: dict[int, Target] = {}
+    for key, item in items:
+        target = _target(key, item, scene)
+        if target is None:
+            continue
+        version = target.address.version
+        if version in found:
+            reader.problem(key, f"Is a second IPv{version} target; at most one of each family is possible.")
+        found[version] = target
+    if not reader.is_bad(path):
+        _check_families(found, versions, path, reader)
+    return tuple(found.values())
+
+
+def _target(key: str, item: object, scene: _Scene) -> Target | None:
+    reader = scene.reader
+    where = key
+    if isinstance(item, dict):
+        raw = reader.read(_RawTarget, item, key)
+        where = f"{key}.address"
+    elif isinstance(item, str):
+        raw = _RawTarget(item)
+    else:
+        reader.problem(
+            key, f'Must be a target such as "10.64.0.1:8080", or a table or list of them, not {_shown(item)}.'
+        )
+        return None
+    target = reader.attempt(where, parse_target, raw.address)
+    if target is None:
+        return None
+    if raw.wildcard:
+        scene.wildcard[target] = None
+    if (endpoint_key := scene.endpoint_keys.get(target.address)) is not None:
+        reader.problem(
+            where, f"{target.address} is the address of an endpoint ({endpoint_key}); steering there would be a loop."
+        )
+        return target
+    pool = scene.pool_of(target.address)
+    if pool is not None and raw.external:
+        reader.problem(f"{key}.external", f"{target.address} is in the pool {pool.name}, so it is not external.")
+    elif pool is None and raw.external:
+        if (kind := _unusable(ipaddress.ip_network(target.address))) is not None:
+            reader.problem(where, f"{target.address} is {kind}; nothing can be steered there.")
+    elif pool is None and not (reader.is_bad("pools") or reader.is_bad(f"{key}.external")):
+        reader.problem(
+            where,
+            f'{target.address} is in no pool; use an alias, or write {{ address = "{target}", external = true }}.',
+        )
+    return target
+
+
+def _routes(
+    raws: list[_RawRoute], path: str, inspect: tuple[str, ...], versions: set[int], scene: _Scene
+) -> tuple[Route, ...]:
+    """The routes that are right by themselves; those that contradict each other are reported."""
+    reader = scene.reader
+    conditions = _Conditions(inspect, reader)
+    inspect_known = not reader.is_bad(f"{path}.inspect")
+    routes = []
+    for index, raw in enumerate(raws):
+        key = f"{path}.routes[{index}]"
+        found = conditions.read(raw.when, f"{key}.when") if inspect_known else ()
+        source = None if raw.source is None else reader.attempt(f"{key}.source", _network, raw.source)
+        if inspect_known and not found and raw.source is None and not reader.is_bad(key):
+            reader.problem(key, "Has neither a condition nor a source; what matches everything is default.")
+        coming = versions
+        if source is not None:
+            _check_families((source.version,), versions, f"{key}.source", reader)
+            coming = versions & {source.version}
+        targets = _targets(raw.target, f"{key}.target", coming, scene) if raw.target is not None else ()
+        if not reader.is_bad(key):
+            routes.append(Route(key, found, source, targets))
+    if inspect_known:
+        _check_routes(routes, path, conditions.key_order, reader)
+    return tuple(routes)
+
+
+def _check_routes(routes: list[Route], path: str, key_order: tuple[tuple[str, ...], ...], reader: _Reader) -> None:
+    for conflict in conflicts(routes, key_order):
+        other = routes[conflict.other].name
+        message = (
+            f"Has the same conditions and the same source as {other}; one of the two must go."
+            if conflict.duplicate
+            else f"Ties with {other}: one connection can match both, and neither comes first; add a condition to one."
+        )
+        reader.problem(routes[conflict.route].name, message)
+    shapes = count_shapes(routes)
+    if shapes > MAX_PROBES:
+        reader.problem(
+            f"{path}.routes",
+            f"Have {shapes} different combinations of keys, pattern lengths and source prefix lengths; at most"
+            f" {MAX_PROBES} can be looked up for each connection.",
+        )
+
+
+class _Conditions:
+    """Reads the conditions of one service's routes."""
+
+    def __init__(self, inspect: tuple[str, ...], reader: _Reader) -> None:
+        self.key_order = tuple(_keys_of(parser) for parser in inspect)
+        self._inspect = inspect
+        self._reader = reader
+        self._ranks: dict[str, int | None] = {}
+
+    def read(self, when: Mapping[str, object], path: str) -> tuple[Condition, ...]:
+        """The conditions of one route, at the dotted key `path`."""
+        found: dict[str, Condition] = {}
+        for written, value in _flatten(when):
+            key = _normal_key(written)
+            where = f"{path}.{written}" if written.isprintable() else f"{path}.{json.dumps(written)}"
+            try:
+                condition = _condition(key, value, self._parser_of(key))
+            except ValueError as error:
+                self._reader.problem(where, str(error))
+                continue
+            if key in found:
+                self._reader.problem(where, f"The key {key} is there twice; a route compares each key once.")
+            found[key] = condition
+        return tuple(found.values())
+
+    def _parser_of(self, key: str) -> str:
+        if key not in self._ranks:
+            self._ranks[key] = parser_rank(key, self.key_order)
+        rank = self._ranks[key]
+        if rank is not None:
+            return self._inspect[rank]
+        for parser in (PORT_EXTENSION, *REGISTRY):
+            if parser_rank(key, [_keys_of(parser)]) is not None:
+                raise ValueError(f'Is a key of the parser "{parser}", which inspect does not name.')
+        raise ValueError(f"Is not a key of any parser; {_instead(key, [k for keys in self.key_order for k in keys])}")
+
+
+def _check_ids(gateway: Gateway, services: list[Service], reader: _Reader) -> None:
+    """Whether the mark bits have room for an id of every target and of every alias that arithmetic can reach."""
+    if reader.problems:
+        return
+    singles = {target for service in services for target in service.default}
+    singles |= {target for service in services for route in service.routes for target in route.targets}
+    blocks = {(s.extension_pool.pool, s.extension_pool.port) for s in services if s.extension_pool is not None}
+    needed = len(singles) + sum(pool.alias_count(4) + pool.alias_count(6) for pool, _ in blocks)
+    room = gateway.mark.highest_id - FIRST_TARGET_ID + 1
+    if needed > room:
+        reader.problem("gateway.mark_bits", f"Have room for {room} targets, but there are {needed}; use more bits.")

@@ -1,0 +1,910 @@
+"""The configuration: what a right one becomes, and the exact line for every mistake."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from steerd import config
+from steerd.config import ExtensionPool, Limits, Timeouts, Unextended
+from steerd.core.marks import MarkLayout
+from steerd.core.pools import Pool
+from steerd.core.router import MAX_PROBES
+from steerd.errors import ConfigError
+from steerd.model import TCP, Condition, Endpoint, IPAddress, Match, Outcome, Route, Target
+from steerd.wire.portext import Numbers
+
+FULL = """
+[gateway]
+state_dir = "/var/lib/other"
+run_dir = "/run/other"
+workers = 3
+first_queue = 100
+mark_bits = "4-27"
+queue_length = 1000
+receive_buffer = 1000000
+access_log = 10
+[gateway.limits]
+source_rate = 1
+source_burst = 2
+stranger_rate = 3
+stranger_burst = 4
+total_rate = 5
+total_burst = 6
+[gateway.timeouts]
+syn_sent = 1
+syn_recv = 2
+time_wait = 3
+close = 4
+[gateway.port_extension]
+ipv4_option = 0x9F
+ipv6_option = 0x3E
+tcp_option = 254
+exid = 1
+
+[pools.tenants]
+prefixes = ["10.64.0.0/15", "fd00:64::/111"]
+mode = "anyip"
+size = 70000
+[pools.spare]
+prefixes = ["10.70.0.0/30"]
+
+[services.web]
+endpoints = ["203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp", "203.0.113.10:8000-8999/tcp"]
+inspect = ["port-extension", "http", "prefix"]
+default = ["10.64.0.1:8080", { address = "[fd00:64::1]:same", wildcard = true }]
+unmatched = "drop"
+unextended = "pass"
+extension_pool = { pool = "tenants", by = "extended-port", port = 7000, wildcard = true }
+[[services.web.routes]]
+when = { "http.host" = "A.example", "portext.src" = 7 }
+source = "198.51.100.0/24"
+target = "10.64.0.5:8080"
+[[services.web.routes]]
+when = { http.host = "*.Example", http.header = { X-Shard = "a*" } }
+target = { address = "192.0.2.7:443", external = true, wildcard = true }
+[[services.web.routes]]
+when = { prefix = "hex:1603" }
+target = ["10.64.0.6:same", "[fd00:64::6]:9"]
+[[services.web.routes]]
+when = { prefix = "SSH-*" }
+target = "10.64.0.7:22"
+[[services.web.routes]]
+when = { portext = { dst = "65535", port = 4294967295 } }
+target = "10.70.0.3:1"
+[[services.web.routes]]
+source = "2001:db8:1::7"
+target = "[fd00:64::7]:1"
+
+[services.api]
+endpoints = ["203.0.113.11:80/tcp"]
+default = "10.64.0.2:80"
+"""
+
+
+def ip(text: str) -> IPAddress:
+    return ipaddress.ip_address(text)
+
+
+def lines(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(text, "f.toml")
+    return str(caught.value).split("\n")
+
+
+def test_a_full_configuration_becomes_values() -> None:
+    read = config.parse(FULL, "f.toml")
+    assert read.file == "f.toml"
+    assert read.gateway == config.Gateway(
+        state_dir="/var/lib/other",
+        run_dir="/run/other",
+        workers=3,
+        first_queue=100,
+        mark=MarkLayout(4, 27),
+        queue_length=1000,
+        receive_buffer=1000000,
+        access_log=10,
+        limits=Limits(1, 2, 3, 4, 5, 6),
+        timeouts=Timeouts(1, 2, 3, 4),
+        port_extension=Numbers(0x9F, 0x3E, 254, 1),
+    )
+    tenants = Pool(
+        "tenants", (ipaddress.ip_network("10.64.0.0/15"), ipaddress.ip_network("fd00:64::/111")), "anyip", 70000
+    )
+    assert read.pools == {
+        "tenants": tenants,
+        "spare": Pool("spare", (ipaddress.ip_network("10.70.0.0/30"),), "addresses", None),
+    }
+    api, web = read.services
+    assert (api.name, api.inspect, api.unextended, api.unmatched) == ("api", (), None, Outcome.RESET)
+    assert (api.default, api.extension_pool, api.routes) == ((Target(ip("10.64.0.2"), 80),), None, ())
+    assert web.name == "web"
+    assert web.endpoints == (
+        Endpoint(ip("203.0.113.10"), 443, 443, TCP),
+        Endpoint(ip("2001:db8::10"), 443, 443, TCP),
+        Endpoint(ip("203.0.113.10"), 8000, 8999, TCP),
+    )
+    assert web.default == (Target(ip("10.64.0.1"), 8080), Target(ip("fd00:64::1"), 0))
+    assert web.unmatched is Outcome.DROP
+    assert web.unextended is Unextended.PASS
+    assert web.extension_pool == ExtensionPool(tenants, "extended-port", 65537, 7000, True)
+    assert web.key_order == (
+        ("portext.dst", "portext.src", "portext.port"),
+        ("http.host", "http.path", "http.method", "http.header.*", "http.cookie.*"),
+        ("prefix",),
+    )
+    assert web.routes == (
+        Route(
+            "services.web.routes[0]",
+            (Condition("http.host", Match.EXACT, "a.example"), Condition("portext.src", Match.EXACT, "7")),
+            ipaddress.ip_network("198.51.100.0/24"),
+            (Target(ip("10.64.0.5"), 8080),),
+        ),
+        Route(
+            "services.web.routes[1]",
+            (Condition("http.host", Match.SUFFIX, ".example"), Condition("http.header.x-shard", Match.PREFIX, "a")),
+            None,
+            (Target(ip("192.0.2.7"), 443),),
+        ),
+        Route(
+            "services.web.routes[2]",
+            (Condition("prefix", Match.PREFIX, "\x16\x03"),),
+            None,
+            (Target(ip("10.64.0.6"), 0), Target(ip("fd00:64::6"), 9)),
+        ),
+        Route(
+            "services.web.routes[3]",
+            (Condition("prefix", Match.PREFIX, "SSH-*"),),
+            None,
+            (Target(ip("10.64.0.7"), 22),),
+        ),
+        Route(
+            "services.web.routes[4]",
+            (Condition("portext.dst", Match.EXACT, "65535"), Condition("portext.port", Match.EXACT, "4294967295")),
+            None,
+            (Target(ip("10.70.0.3"), 1),),
+        ),
+        Route(
+            "services.web.routes[5]",
+            (),
+            ipaddress.ip_network("2001:db8:1::7/128"),
+            (Target(ip("fd00:64::7"), 1),),
+        ),
+    )
+    assert read.wildcard == (Target(ip("fd00:64::1"), 0), Target(ip("192.0.2.7"), 443))
+
+
+def test_everything_about_the_gateway_has_a_default() -> None:
+    read = config.parse("", "f.toml")
+    assert read.pools == {}
+    assert read.services == ()
+    gateway = read.gateway
+    assert 1 <= gateway.workers <= 64
+    assert (gateway.state_dir, gateway.run_dir) == ("/var/lib/steerd", "/run/steerd")
+    assert (gateway.first_queue, gateway.mark, gateway.access_log) == (21300, MarkLayout(8, 31), 0)
+    assert (gateway.queue_length, gateway.receive_buffer) == (4096, 8388608)
+    assert gateway.limits == Limits(1000, 2000, 2000, 4000, 50000, 50000)
+    assert gateway.timeouts == Timeouts(5, 15, 10, 2)
+    assert gateway.port_extension == Numbers(0x9E, 0x1E, 253, 0x5354)
+
+
+def test_without_port_ranges_unextended_is_unmatched() -> None:
+    read = config.parse(extension_pool("pool = 't', by = 'extension'"), "f.toml")
+    service = read.services[0]
+    assert service.unextended is Unextended.UNMATCHED
+    assert service.extension_pool == ExtensionPool(read.pools["t"], "extension", 1, 0, False)
+
+
+POOL = '[pools.t]\nprefixes = ["10.64.0.0/16"]\n'
+ENDPOINT = 'endpoints = ["203.0.113.10:443/tcp"]\n'
+DEFAULT = 'default = "10.64.0.1:80"\n'
+WEB = POOL + "[services.web]\n" + ENDPOINT
+
+
+def gateway(text: str) -> str:
+    return f"[gateway]\n{text}\n"
+
+
+def pool(text: str) -> str:
+    return f"[pools.p]\n{text}\n"
+
+
+def endpoint(text: str) -> str:
+    return POOL + f"[services.web]\n{DEFAULT}endpoints = [{text}]\n"
+
+
+def service(text: str) -> str:
+    return WEB + text + "\n"
+
+
+def route(text: str, inspect: str = '"port-extension", "http", "prefix"') -> str:
+    return WEB + f"inspect = [{inspect}]\n[[services.web.routes]]\n{text}\n"
+
+
+def when(condition: str) -> str:
+    return route(f'when = {{ {condition} }}\ntarget = "10.64.0.1:80"')
+
+
+def two_routes(one: str, other: str) -> str:
+    return route(
+        f'when = {{ {one} }}\ntarget = "10.64.0.1:80"\n[[services.web.routes]]\nwhen = {{ {other} }}\n'
+        'target = "10.64.0.2:80"'
+    )
+
+
+def extension_pool(text: str, prefixes: str = '"10.64.0.0/20"') -> str:
+    return (
+        f"[pools.t]\nmode = 'anyip'\nprefixes = [{prefixes}]\n[services.web]\n{ENDPOINT}"
+        f'inspect = ["port-extension"]\nextension_pool = {{ {text} }}\n'
+    )
+
+
+ENDPOINT_USAGE = (
+    'An endpoint is written "203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp" or with a range of ports, "8000-8999"'
+)
+STAR = 'A * stands for a beginning, "*.example", or for an end, "/api/*"; '
+BYTES = (
+    "Is compared with bytes, one character each (U+0000 to U+00FF), so it can never m"
+    "atch; text in UTF-8 is written byte by byte: \\u00c3\\u00a9."
+)
+
+MISTAKES: list[tuple[str, str]] = [
+    (
+        "a = ",
+        "line 1: Is not TOML: Invalid value.",
+    ),
+    (
+        "[gateway]\nworkers = 1\nworkers = 2\n",
+        "line 3: Is not TOML: Cannot overwrite a value.",
+    ),
+    (
+        "gatewy = 1",
+        'gatewy: Is not a known key; did you mean "gateway"?',
+    ),
+    (
+        "gateway = 1",
+        "gateway: Must be a table, not 1.",
+    ),
+    (
+        "[services]\nweb = 1",
+        "services.web: Must be a table, not 1.",
+    ),
+    (
+        "pools = [1]",
+        "pools: Must be a table, not a list.",
+    ),
+    (
+        gateway("worker = 1"),
+        'gateway.worker: Is not a known key; did you mean "workers"?',
+    ),
+    (
+        gateway('"odd\\nkey" = 1'),
+        'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, workers, first_queue, '
+        "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, port_extension.",
+    ),
+    (
+        gateway("workers = 0"),
+        "gateway.workers: Must be a whole number from 1 to 64, not 0.",
+    ),
+    (
+        gateway("workers = 65"),
+        "gateway.workers: Must be a whole number from 1 to 64, not 65.",
+    ),
+    (
+        gateway("workers = '2'"),
+        'gateway.workers: Must be a whole number from 1 to 64, not "2".',
+    ),
+    (
+        gateway("workers = 2.0"),
+        "gateway.workers: Must be a whole number from 1 to 64, not 2.0.",
+    ),
+    (
+        gateway("workers = true"),
+        "gateway.workers: Must be a whole number from 1 to 64, not true.",
+    ),
+    (
+        gateway("workers = 2024-01-01"),
+        "gateway.workers: Must be a whole number from 1 to 64, not a date or time.",
+    ),
+    (
+        gateway("state_dir = 1"),
+        "gateway.state_dir: Must be text in quotes, not 1.",
+    ),
+    (
+        gateway("state_dir = 'lib'"),
+        'gateway.state_dir: Must be an absolute path, not "lib".',
+    ),
+    (
+        gateway("first_queue = 65536"),
+        "gateway.first_queue: Must be a whole number from 0 to 65535, not 65536.",
+    ),
+    (
+        gateway("first_queue = 65535\nworkers = 2"),
+        "gateway.first_queue: With 2 workers the last queue would be 65536; the highest is 65535.",
+    ),
+    (
+        gateway("mark_bits = '8'"),
+        'gateway.mark_bits: Must be a range of bits of the packet mark such as "8-31", not "8".',
+    ),
+    (
+        gateway("mark_bits = '31-8'"),
+        'gateway.mark_bits: Must be a range of bits of the packet mark such as "8-31", not "31-8".',
+    ),
+    (
+        gateway("mark_bits = '8-32'"),
+        'gateway.mark_bits: Must be a range of bits of the packet mark such as "8-31", not "8-32".',
+    ),
+    (
+        gateway("mark_bits = '8-26'"),
+        "gateway.mark_bits: Has 19 bits; steerd needs at least 20.",
+    ),
+    (
+        gateway("queue_length = 1048577"),
+        "gateway.queue_length: Must be a whole number from 1 to 1048576, not 1048577.",
+    ),
+    (
+        gateway("receive_buffer = 1"),
+        "gateway.receive_buffer: Must be a whole number from 4096 to 1073741823, not 1.",
+    ),
+    (
+        gateway("access_log = -1"),
+        "gateway.access_log: Must be a whole number from 0 to 4294967295, not -1.",
+    ),
+    (
+        gateway("limits.source_rate = 0"),
+        "gateway.limits.source_rate: Must be a whole number from 1 to 4294967295, not 0.",
+    ),
+    (
+        gateway("limits.sorce_rate = 1"),
+        'gateway.limits.sorce_rate: Is not a known key; did you mean "source_rate"?',
+    ),
+    (
+        gateway("timeouts.close = 0"),
+        "gateway.timeouts.close: Must be a whole number from 1 to 4294967, not 0.",
+    ),
+    (
+        gateway("port_extension.ipv4_option = 1"),
+        "gateway.port_extension.ipv4_option: Must be a whole number from 2 to 255, not 1.",
+    ),
+    (
+        gateway("port_extension.ipv6_option = 64"),
+        "gateway.port_extension.ipv6_option: Must be a whole number from 2 to 63, not 64.",
+    ),
+    (
+        gateway("port_extension.tcp_option = 8"),
+        "gateway.port_extension.tcp_option: Must be a whole number from 9 to 255, not 8.",
+    ),
+    (
+        gateway("port_extension.tcp_option = 30"),
+        "gateway.port_extension.tcp_option: Is 30, which is taken (MPTCP); 253 and 254 are for experiments.",
+    ),
+    (
+        gateway("port_extension.exid = 65536"),
+        "gateway.port_extension.exid: Must be a whole number from 0 to 65535, not 65536.",
+    ),
+    (
+        pool(""),
+        "pools.p.prefixes: Is missing; it must be a list of texts in quotes.",
+    ),
+    (
+        pool("prefixes = []"),
+        'pools.p.prefixes: Names no prefix; one would be "10.64.0.0/16".',
+    ),
+    (
+        pool("prefixes = '10.64.0.0/16'"),
+        'pools.p.prefixes: Must be a list of texts in quotes, not "10.64.0.0/16".',
+    ),
+    (
+        pool("prefixes = ['10.64.0.0/16', 5]"),
+        "pools.p.prefixes[1]: Must be text in quotes, not 5.",
+    ),
+    (
+        pool("prefixes = ['10.64.0.1/16']"),
+        'pools.p.prefixes[0]: "10.64.0.1/16" has bits set behind the prefix length; "10.64.0.0/16" would be right.',
+    ),
+    (
+        pool("prefixes = ['ten']"),
+        'pools.p.prefixes[0]: "ten" is not a prefix such as "198.51.100.0/24".',
+    ),
+    (
+        pool("prefixes = ['127.0.1.0/24']"),
+        "pools.p.prefixes[0]: 127.0.1.0/24 is or holds a loopback address; no alias can be there.",
+    ),
+    (
+        pool("prefixes = ['0.0.0.0/1']"),
+        "pools.p.prefixes[0]: 0.0.0.0/1 is or holds an unspecified address; no alias can be there.",
+    ),
+    (
+        pool("prefixes = ['224.1.0.0/24']"),
+        "pools.p.prefixes[0]: 224.1.0.0/24 is or holds a multicast address; no alias can be there.",
+    ),
+    (
+        pool("prefixes = ['fe80::/64']"),
+        "pools.p.prefixes[0]: fe80::/64 is or holds a link-local address; no alias can be there.",
+    ),
+    (
+        pool("prefixes = ['10.64.0.0/16', '10.64.3.0/24']"),
+        "pools.p.prefixes[1]: 10.64.3.0/24 overlaps 10.64.0.0/16 (pools.p.prefixes[0]).",
+    ),
+    (
+        pool("prefixes = ['10.64.0.0/16']\nmode = 'any'"),
+        'pools.p.mode: Must be "addresses" or "anyip", not "any".',
+    ),
+    (
+        pool("prefixes = ['10.64.0.0/16']\nsize = 0"),
+        "pools.p.size: Must be a whole number from 1 to 9223372036854775807, not 0.",
+    ),
+    (
+        pool("prefixes = ['10.64.0.0/16', 'fd00:64::/111']\nsize = 70000"),
+        "pools.p.size: Is 70000, but the IPv4 prefixes hold 65536 addresses.",
+    ),
+    (
+        pool("prefixes = ['10.0.0.0/11']"),
+        'pools.p.mode: Is "addresses" for 2097152 aliases, and at most 1048576 can be real addresses; '
+        'set size, or mode = "anyip".',
+    ),
+    (
+        "[pools.p]\nprefixes = ['10.64.0.0/16']\n[pools.q]\nprefixes = ['10.64.128.0/17']",
+        "pools.q.prefixes[0]: 10.64.128.0/17 overlaps 10.64.0.0/16 (pools.p.prefixes[0]).",
+    ),
+    (
+        "[pools.'a b']\nprefixes = ['10.64.0.0/16']",
+        'pools."a b": Is not a usable name; up to 64 of the letters A-Z, a-z, 0-9, _ and - would be.',
+    ),
+    (
+        POOL + "[services.web]\n" + DEFAULT,
+        "services.web.endpoints: Is missing; it must be a list of texts in quotes.",
+    ),
+    (
+        endpoint(""),
+        'services.web.endpoints: Names no endpoint; one would be "203.0.113.10:443/tcp".',
+    ),
+    (
+        endpoint("'203.0.113.10:443'"),
+        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "203.0.113.10:443" does not end in /tcp.',
+    ),
+    (
+        endpoint("'203.0.113.10:443/udp'"),
+        "services.web.endpoints[0]: Endpoints of udp are not supported yet; only /tcp is.",
+    ),
+    (
+        endpoint("'203.0.113.10:443/sctp'"),
+        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "sctp" is not a protocol that is steered, only tcp is.',
+    ),
+    (
+        endpoint("'203.0.113.10:0/tcp'"),
+        'services.web.endpoints[0]: "0" is not a port; ports are 1 to 65535.',
+    ),
+    (
+        endpoint("'203.0.113.10:65536/tcp'"),
+        'services.web.endpoints[0]: "65536" is not a port; ports are 1 to 65535.',
+    ),
+    (
+        endpoint("'203.0.113.10:0-10/tcp'"),
+        'services.web.endpoints[0]: "0" is not a port; ports are 1 to 65535.',
+    ),
+    (
+        endpoint("'203.0.113.10:20-10/tcp'"),
+        "services.web.endpoints[0]: The port range 20-10 ends before it begins; 10-20 would be right.",
+    ),
+    (
+        endpoint("'203.0.113.10/tcp'"),
+        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "203.0.113.10" is neither.',
+    ),
+    (
+        endpoint("'www.example:443/tcp'"),
+        'services.web.endpoints[0]: "www.example" is not an IP address; names are not looked up.',
+    ),
+    (
+        endpoint("'2001:db8::1:443/tcp'"),
+        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "2001:db8::1:443" is neither.',
+    ),
+    (
+        endpoint("'[203.0.113.10]:443/tcp'"),
+        f"services.web.endpoints[0]: {ENDPOINT_USAGE}; only an IPv6 address stands in brackets.",
+    ),
+    (
+        endpoint("'0.0.0.0:443/tcp'"),
+        "services.web.endpoints[0]: 0.0.0.0 is an unspecified address; an endpoint has an address that "
+        "clients connect to.",
+    ),
+    (
+        endpoint("'[fe80::1%eth0]:443/tcp'"),
+        'services.web.endpoints[0]: "fe80::1%eth0" names an interface; write the address alone.',
+    ),
+    (
+        endpoint("'203.0.113.10:443/tcp', '203.0.113.10:400-500/tcp'"),
+        "services.web.endpoints[1]: 203.0.113.10:400-500/tcp overlaps 203.0.113.10:443/tcp "
+        "(services.web.endpoints[0]).",
+    ),
+    (
+        service(DEFAULT + f"[services.api]\n{ENDPOINT}{DEFAULT}"),
+        "services.api.endpoints[0]: 203.0.113.10:443/tcp overlaps 203.0.113.10:443/tcp (services.web.endpoints[0]).",
+    ),
+    (
+        pool("prefixes = ['203.0.113.0/24']") + service(DEFAULT),
+        "pools.p.prefixes[0]: 203.0.113.0/24 holds 203.0.113.10, the address of an endpoint "
+        "(services.web.endpoints[0]).",
+    ),
+    (
+        service(""),
+        "services.web: Can never steer anything: it has no routes, no default and no extension_pool.",
+    ),
+    (
+        service(DEFAULT + "inspect = ['htp']"),
+        'services.web.inspect[0]: "htp" is not a parser; did you mean "http"?',
+    ),
+    (
+        service(DEFAULT + "inspect = ['http', 'http']"),
+        'services.web.inspect[1]: "http" is there twice; each parser is asked once.',
+    ),
+    (
+        service(DEFAULT + "unmatched = 'pass'"),
+        'services.web.unmatched: Must be "reset" or "drop", not "pass".',
+    ),
+    (
+        service(DEFAULT + "unextended = 'pass'"),
+        'services.web.unextended: Means nothing unless inspect names "port-extension".',
+    ),
+    (
+        service("default = 5"),
+        'services.web.default: Must be a target such as "10.64.0.1:8080", or a table or list of them, not 5.',
+    ),
+    (
+        service("default = []"),
+        'services.web.default: Names no target; one would be "10.64.0.1:8080".',
+    ),
+    (
+        service("default = 'x'"),
+        'services.web.default: A target is written "10.64.0.1:8080", "[fd00:64::1]:8080", or with the '
+        'port "same"; "x" is neither.',
+    ),
+    (
+        service("default = '10.64.0.1:http'"),
+        'services.web.default: "http" is not a port; ports are 1 to 65535.',
+    ),
+    (
+        service("default = '10.65.0.1:80'"),
+        "services.web.default: 10.65.0.1 is in no pool; use an alias, or write { address = "
+        '"10.65.0.1:80", external = true }.',
+    ),
+    (
+        service("default = {address = '10.64.0.1:80', external = true}"),
+        "services.web.default.external: 10.64.0.1 is in the pool t, so it is not external.",
+    ),
+    (
+        service("default = {address = '127.0.0.1:80', external = true}"),
+        "services.web.default.address: 127.0.0.1 is a loopback address; nothing can be steered there.",
+    ),
+    (
+        service("default = {address = '203.0.113.10:443', external = true}"),
+        "services.web.default.address: 203.0.113.10 is the address of an endpoint "
+        "(services.web.endpoints[0]); steering there would be a loop.",
+    ),
+    (
+        service("default = {address = '203.0.113.10:80', external = true}"),
+        "services.web.default.address: 203.0.113.10 is the address of an endpoint "
+        "(services.web.endpoints[0]); steering there would be a loop.",
+    ),
+    (
+        service("default = {addres = '10.64.0.1:80', address = '10.64.0.1:80'}"),
+        'services.web.default.addres: Is not a known key; did you mean "address"?',
+    ),
+    (
+        service("default = {external = true}"),
+        "services.web.default.address: Is missing; it must be text in quotes.",
+    ),
+    (
+        service("default = ['10.64.0.1:80', '10.64.0.2:80']"),
+        "services.web.default[1]: Is a second IPv4 target; at most one of each family is possible.",
+    ),
+    (
+        service("default = {address = '[2001:db8::1]:80', external = true}"),
+        "services.web.default: Has addresses of IPv6 only, but what comes here is IPv4.",
+    ),
+    (
+        endpoint("'203.0.113.10:1-9/tcp'") + "inspect = ['port-extension']",
+        "services.web.unextended: Is missing; since 203.0.113.10:1-9/tcp is a port range, it must be "
+        'written out: "pass", "default" or "unmatched".',
+    ),
+    (
+        service(
+            "inspect = ['port-extension']\nunextended = 'default'\n"
+            "routes = [{when = {portext.dst = 1}, target = '10.64.0.1:80'}]"
+        ),
+        'services.web.unextended: Is "default", but the service has no default target.',
+    ),
+    (
+        service("routes = 5"),
+        "services.web.routes: Must be a list of tables, not 5.",
+    ),
+    (
+        service("routes = [5]"),
+        "services.web.routes[0]: Must be a table, not 5.",
+    ),
+    (
+        route("target = '10.64.0.1:80'"),
+        "services.web.routes[0]: Has neither a condition nor a source; what matches everything is default.",
+    ),
+    (
+        route("when = {http.host = 'a'}"),
+        'services.web.routes[0].target: Is missing; it must be a target such as "10.64.0.1:8080".',
+    ),
+    (
+        route("when = {http.host = 'a'}\ntarget = '10.64.0.1:80'\nsorce = '10.0.0.0/8'"),
+        'services.web.routes[0].sorce: Is not a known key; did you mean "source"?',
+    ),
+    (
+        route("when = {http.host = 'a'}\ntarget = '10.64.0.1:80'\nsource = '10.0.0.1/8'"),
+        'services.web.routes[0].source: "10.0.0.1/8" has bits set behind the prefix length; '
+        '"10.0.0.0/8" would be right.',
+    ),
+    (
+        route("when = {http.host = 'a'}\ntarget = '10.64.0.1:80'\nsource = '2001:db8::/32'"),
+        "services.web.routes[0].source: Has addresses of IPv6 only, but what comes here is IPv4.",
+    ),
+    (
+        route("when = {http.host = 'a'}\ntarget = {address = '[2001:db8::1]:80', external = true}"),
+        "services.web.routes[0].target: Has addresses of IPv6 only, but what comes here is IPv4.",
+    ),
+    (
+        route("when = 'http'\ntarget = '10.64.0.1:80'"),
+        'services.web.routes[0].when: Must be a table, not "http".',
+    ),
+    (
+        route("when = {http.host = 'a'}\ntarget = '10.64.0.1:80'", "'prefix'"),
+        'services.web.routes[0].when.http.host: Is a key of the parser "http", which inspect does not name.',
+    ),
+    (
+        when("http.hots = 'a'"),
+        'services.web.routes[0].when.http.hots: Is not a key of any parser; did you mean "http.host"?',
+    ),
+    (
+        when("http.header = 'a'"),
+        'services.web.routes[0].when.http.header: Is not a key of any parser; did you mean "http.header.*"?',
+    ),
+    (
+        when("http.host = true"),
+        "services.web.routes[0].when.http.host: Must be text in quotes or a whole number, not true.",
+    ),
+    (
+        when("http.host = 1.5"),
+        "services.web.routes[0].when.http.host: Must be text in quotes or a whole number, not 1.5.",
+    ),
+    (
+        when("http.host = ['a']"),
+        "services.web.routes[0].when.http.host: Must be text in quotes or a whole number, not a list.",
+    ),
+    (
+        when("http.host = 'a*b'"),
+        f'services.web.routes[0].when.http.host: {STAR}"a*b" is neither.',
+    ),
+    (
+        when("http.host = '*'"),
+        f'services.web.routes[0].when.http.host: {STAR}"*" is neither.',
+    ),
+    (
+        when("http.host = '*example'"),
+        f'services.web.routes[0].when.http.host: {STAR}"*example" is neither.',
+    ),
+    (
+        when("http.host = '*.example*'"),
+        f'services.web.routes[0].when.http.host: {STAR}"*.example*" is neither.',
+    ),
+    (
+        when("http.path = '/\u0107'"),
+        f"services.web.routes[0].when.http.path: {BYTES}",
+    ),
+    (
+        when("http.header.X-A = '1', http.header.x-a = '2'"),
+        "services.web.routes[0].when.http.header.x-a: The key http.header.x-a is there twice; a route "
+        "compares each key once.",
+    ),
+    (
+        when("portext.dst = 0"),
+        'services.web.routes[0].when.portext.dst: Must be a whole number from 1 to 65535, not "0".',
+    ),
+    (
+        when("portext.src = 65536"),
+        'services.web.routes[0].when.portext.src: Must be a whole number from 1 to 65535, not "65536".',
+    ),
+    (
+        when("portext.dst = '7*'"),
+        'services.web.routes[0].when.portext.dst: Must be a whole number from 1 to 65535, not "7*".',
+    ),
+    (
+        when("portext.port = 443"),
+        'services.web.routes[0].when.portext.port: Must be a whole number from 65536 to 4294967295, not "443".',
+    ),
+    (
+        when("portext.port = 131072"),
+        "services.web.routes[0].when.portext.port: 131072 is port 0 of extension 2, and port 0 is never used.",
+    ),
+    (
+        when("prefix = ''"),
+        "services.web.routes[0].when.prefix: Is empty and would match everything; use default for that.",
+    ),
+    (
+        when("prefix = 'hex:16030'"),
+        'services.web.routes[0].when.prefix: Must have two hexadecimal digits a byte, "hex:160301", not "hex:16030".',
+    ),
+    (
+        when("prefix = '\u0107'"),
+        f"services.web.routes[0].when.prefix: {BYTES}",
+    ),
+    (
+        two_routes("http.host = 'a'", "http.host = 'A'"),
+        "services.web.routes[1]: Has the same conditions and the same source as services.web.routes[0]; "
+        "one of the two must go.",
+    ),
+    (
+        two_routes("http.header.a = '1'", "http.header.b = '2'"),
+        "services.web.routes[1]: Ties with services.web.routes[0]: one connection can match both, and "
+        "neither comes first; add a condition to one.",
+    ),
+    (
+        extension_pool("by = 'extension'"),
+        "services.web.extension_pool.pool: Is missing; it must be text in quotes.",
+    ),
+    (
+        extension_pool("pool = 't'"),
+        'services.web.extension_pool.by: Is missing; it must be "extension" or "extended-port".',
+    ),
+    (
+        extension_pool("pool = 't', by = 'port'"),
+        'services.web.extension_pool.by: Must be "extension" or "extended-port", not "port".',
+    ),
+    (
+        extension_pool("pool = 'tt', by = 'extension'"),
+        'services.web.extension_pool.pool: "tt" is not a pool; did you mean "t"?',
+    ),
+    (
+        extension_pool("pool = 't', by = 'extension', port = 0"),
+        'services.web.extension_pool.port: Must be a whole number from 1 to 65535 or "same", not 0.',
+    ),
+    (
+        extension_pool("pool = 't', by = 'extension', first = 65000"),
+        "services.web.extension_pool.first: The last alias would have the extension 69095, and the "
+        'highest is 65535; give the pool a size, or map by = "extended-port".',
+    ),
+    (
+        extension_pool("pool = 't', by = 'extension'", "'10.64.0.0/16'"),
+        "services.web.extension_pool.pool: The last alias would have the extension 65536, and the "
+        'highest is 65535; give the pool a size, or map by = "extended-port".',
+    ),
+    (
+        extension_pool("pool = 't', by = 'extended-port'"),
+        'services.web.extension_pool.port: Must be a port from 1 to 65535 where by = "extended-port".',
+    ),
+    (
+        extension_pool("pool = 't', by = 'extended-port', port = 80, first = 65536"),
+        "services.web.extension_pool.first: Is 65536; an extended port is extension * 65536 + port with "
+        "both at least 1, from 65537 on.",
+    ),
+    (
+        extension_pool("pool = 't', by = 'extended-port', port = 80, first = 4294967000"),
+        "services.web.extension_pool.first: The last alias would have the extended port 4294971095, and "
+        "the highest is 4294967295; give the pool a size.",
+    ),
+    (
+        extension_pool("pool = 't', by = 'extended-port', port = 80", "'fd00:64::/112'"),
+        "services.web.extension_pool.pool: Has addresses of IPv6 only, but what comes here is IPv4.",
+    ),
+    (
+        extension_pool("pool = 't', by = 'extended-port', port = 80", "'10.0.0.0/8'"),
+        "gateway.mark_bits: Have room for 8388592 targets, but there are 16777216; use more bits.",
+    ),
+    (
+        service("inspect = ['http']\nextension_pool = {pool = 't', by = 'extended-port', port = 80}"),
+        'services.web.extension_pool: Means nothing unless inspect names "port-extension".',
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "mistake"), MISTAKES, ids=[mistake[:70] for _, mistake in MISTAKES])
+def test_a_mistake_is_one_line(text: str, mistake: str) -> None:
+    assert lines(text) == [f"f.toml: {mistake}"]
+
+
+def test_all_mistakes_are_found_in_one_run() -> None:
+    text = """
+[gateway]
+workers = 0
+mark_bits = "8-20"
+colour = "red"
+[pools.t]
+prefixes = ["10.64.0.0/16", "10.65.0.1/16"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp", "203.0.113.10:443/tcp"]
+inspect = ["http"]
+default = "10.64.0.1:0"
+[[services.web.routes]]
+when = { "http.hots" = "a.example" }
+target = "10.64.0.1:80"
+[[services.web.routes]]
+when = { "http.host" = "b.example" }
+"""
+    assert lines(text) == [
+        f"f.toml: {mistake}"
+        for mistake in (
+            "gateway.workers: Must be a whole number from 1 to 64, not 0.",
+            "gateway.colour: Is not a known key; known here: state_dir, run_dir, workers, first_queue, mark_bits, "
+            "queue_length, receive_buffer, access_log, limits, timeouts, port_extension.",
+            'services.web.routes[1].target: Is missing; it must be a target such as "10.64.0.1:8080".',
+            "gateway.mark_bits: Has 13 bits; steerd needs at least 20.",
+            'pools.t.prefixes[1]: "10.65.0.1/16" has bits set behind the prefix length; "10.65.0.0/16" would be right.',
+            "services.web.endpoints[1]: 203.0.113.10:443/tcp overlaps 203.0.113.10:443/tcp "
+            "(services.web.endpoints[0]).",
+            'services.web.default: "0" is not a port; ports are 1 to 65535.',
+            'services.web.routes[0].when.http.hots: Is not a key of any parser; did you mean "http.host"?',
+        )
+    ]
+
+
+def test_the_problems_are_at_hand_one_by_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse("[gateway]\nworkers = 0\nfirst_queue = -1\n", "f.toml")
+    assert caught.value.file == "f.toml"
+    assert [problem.key for problem in caught.value.problems] == ["gateway.workers", "gateway.first_queue"]
+
+
+def test_every_tie_is_reported_once() -> None:
+    routes = "".join(
+        f'[[services.web.routes]]\nwhen = {{ "http.header.{name}" = "1" }}\ntarget = "10.64.0.1:80"\n'
+        for name in "abcd"
+    )
+    found = lines(WEB + 'inspect = ["http"]\n' + routes)
+    assert [line.split(":")[1] for line in found] == [f" services.web.routes[{i}]" for i in (1, 2, 3)]
+
+
+def test_too_many_shapes_of_routes_are_refused() -> None:
+    routes = "".join(
+        f'[[services.web.routes]]\nwhen = {{ "http.host" = "h{i}", "http.header.h{i}" = "1" }}\n'
+        'target = "10.64.0.1:80"\n'
+        for i in range(MAX_PROBES + 1)
+    )
+    assert lines(WEB + 'inspect = ["http"]\n' + routes) == [
+        "f.toml: services.web.routes: Have 4097 different combinations of keys, pattern lengths and source prefix"
+        " lengths; at most 4096 can be looked up for each connection."
+    ]
+
+
+def test_the_size_of_a_pool_is_that_of_each_family() -> None:
+    read = config.parse('[pools.p]\nprefixes = ["10.64.0.0/24", "fd00:64::/120"]\nsize = 256\n', "f.toml")
+    assert [read.pools["p"].alias_count(version) for version in (4, 6)] == [256, 256]
+
+
+def test_a_hundred_thousand_exact_routes() -> None:
+    count = 100_000
+    routes = "".join(
+        f'[[services.web.routes]]\nwhen = {{ "http.host" = "h{i}.example" }}\ntarget = "10.64.0.1:80"\n'
+        for i in range(count)
+    )
+    read = config.parse(WEB + 'inspect = ["http"]\n' + routes, "f.toml")
+    assert len(read.services[0].routes) == count
+    last = read.services[0].routes[-1]
+    assert last.name == f"services.web.routes[{count - 1}]"
+    assert last.conditions == (Condition("http.host", Match.EXACT, f"h{count - 1}.example"),)
+
+
+def test_a_file_is_read_as_it_is_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "steerd.toml"
+    file.write_text(FULL, encoding="utf-8")
+    assert config.load(file) == config.parse(FULL, str(file))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "steerd.toml"
+    with pytest.raises(ConfigError) as caught:
+        config.load(file)
+    assert str(caught.value) == f"{file}: file: Cannot be read: No such file or directory."
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "steerd.toml"
+    file.write_bytes(b"# \xff\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(file)
+    assert str(caught.value) == f"{file}: file: Is not text in UTF-8: the byte at offset 2 does not belong there."
