@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "core": {"wire", "model", "errors"},
     "kernel": {"core", "model", "errors"},
     "config": {"core", "wire", "model", "errors"},
-    "control": {"core", "model", "errors", "config"},
+    "control": {"core", "wire", "model", "errors", "config"},
     "telemetry": {"model", "errors"},
     "client": {"wire", "model", "errors"},
     "worker": EVERYTHING,
