@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 
 from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
 from steerd.core.pools import Mode, Pool
-from steerd.core.router import MAX_PROBES, conflicts, count_shapes, parser_rank
+from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
 from steerd.errors import ConfigError, Problem
 from steerd.model import TCP, Condition, Endpoint, IPAddress, IPNetwork, Match, Outcome, Route, Target
 from steerd.wire.portext import Numbers
@@ -847,10 +847,8 @@ def _extension_pool(raw: _RawService, path: str, versions: set[int], scene: _Sce
     port = 0 if arithmetic.port == "same" else arithmetic.port
     if arithmetic.by == "extension":
         first, highest, what = arithmetic.first or 1, _MAX_PORT, "extension"
-        otherwise = 'give the pool a size, or map by = "extended-port"'
     else:
         first, highest, what = arithmetic.first or 65537, _MAX_EXTENDED_PORT, "extended port"
-        otherwise = "give the pool a size"
         if not port:
             reader.problem(f"{path}.port", 'Must be a port from 1 to 65535 where by = "extended-port".')
         if first <= 65536 or first % 65536 == 0:
@@ -859,10 +857,9 @@ def _extension_pool(raw: _RawService, path: str, versions: set[int], scene: _Sce
                 f"Is {first}; an extended port is extension * 65536 + port with both at least 1, from 65537 on.",
             )
             return None
-    last = first + max(counts.values()) - 1
-    if last > highest:
-        message = f"The last alias would have the {what} {last}, and the highest is {highest}; {otherwise}."
-        reader.problem(f"{path}.first" if arithmetic.first else f"{path}.pool", message)
+    # A pool may go on behind the last number: what lies there is reached by routes alone.
+    if first > highest:
+        reader.problem(f"{path}.first", f"Is {first}, and the highest {what} is {highest}.")
     return ExtensionPool(pool, arithmetic.by, first, port, arithmetic.wildcard)
 
 
@@ -981,7 +978,7 @@ class _Conditions:
         self.key_order = tuple(_keys_of(parser) for parser in inspect)
         self._inspect = inspect
         self._reader = reader
-        self._ranks: dict[str, int | None] = {}
+        self._parsers: dict[str, str | None] = {}
 
     def read(self, when: Mapping[str, object], path: str) -> tuple[Condition, ...]:
         """The conditions of one route, at the dotted key `path`."""
@@ -1000,14 +997,14 @@ class _Conditions:
         return tuple(found.values())
 
     def _parser_of(self, key: str) -> str:
-        if key not in self._ranks:
-            self._ranks[key] = parser_rank(key, self.key_order)
-        rank = self._ranks[key]
-        if rank is not None:
-            return self._inspect[rank]
-        for parser in (PORT_EXTENSION, *REGISTRY):
-            if parser_rank(key, [_keys_of(parser)]) is not None:
-                raise ValueError(f'Is a key of the parser "{parser}", which inspect does not name.')
+        if key not in self._parsers:
+            known = (*self._inspect, PORT_EXTENSION, *REGISTRY)
+            self._parsers[key] = next((p for p in known if key_rank(key, [_keys_of(p)]) is not None), None)
+        parser = self._parsers[key]
+        if parser in self._inspect:
+            return parser
+        if parser is not None:
+            raise ValueError(f'Is a key of the parser "{parser}", which inspect does not name.')
         raise ValueError(f"Is not a key of any parser; {_instead(key, [k for keys in self.key_order for k in keys])}")
 
 

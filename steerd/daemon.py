@@ -236,14 +236,14 @@ class Daemon:
     async def _keep_aliases(self) -> None:
         """Bring back aliases that somebody else removed."""
         loop = asyncio.get_running_loop()
-        with aliases.Watcher() as watcher:
+        with contextlib.closing(aliases.Watcher()) as watcher:
             lost = asyncio.Event()
             loop.add_reader(watcher.fileno(), lost.set)
             try:
                 while True:
                     await lost.wait()
                     lost.clear()
-                    if not watcher.lost():
+                    if not watcher.read():
                         continue
                     changes = await asyncio.to_thread(aliases.reconcile, list(self._config.pools.values()))
                     if changes.added or changes.routes_added:

@@ -8,8 +8,10 @@ ones leave two routes equal:
 2. longer patterns before shorter: the sum of the lengths of a route's patterns, without their `*`, in characters;
 3. more conditions before fewer; a source prefix counts as one condition;
 4. a longer source prefix before a shorter, and any before none;
-5. the order of `inspect`: each condition's key has the place (0, 1, ...) of its parser there; the route whose places,
-   sorted, are smaller when compared like words comes first.
+5. the order of `inspect`, and within one parser the order in which it names its keys (`http.host` before `http.path`,
+   `portext.dst` before `portext.src`): each condition's key has a place (0, 1, ...) there, a family such as
+   `http.header.*` one for all its members; the route whose places, sorted, are smaller when compared like words comes
+   first.
 
 Two routes that are equal by all five rules and could both match one connection are a tie: nothing says which one is
 meant, so it is a mistake in the configuration. Two routes "could both match" when their sources overlap and, for every
@@ -157,12 +159,11 @@ def count_shapes(routes: Iterable[Route]) -> int:
     return len({_shape(route) for route in routes})
 
 
-def parser_rank(key: str, inspect_keys: InspectKeys) -> int | None:
-    """The place in `inspect` of the parser that gives a key, counted from 0; None where no parser gives it."""
-    for rank, names in enumerate(inspect_keys):
-        for name in names:
-            if key == name or (name.endswith(".*") and len(key) >= len(name) and key.startswith(name[:-1])):
-                return rank
+def key_rank(key: str, inspect_keys: InspectKeys) -> int | None:
+    """The place of a key among all keys of all parsers, in order, counted from 0; None where no parser gives it."""
+    for rank, name in enumerate(name for names in inspect_keys for name in names):
+        if key == name or (name.endswith(".*") and len(key) >= len(name) and key.startswith(name[:-1])):
+            return rank
     return None
 
 
@@ -280,7 +281,7 @@ def _by_precedence(inspect_keys: InspectKeys) -> Callable[[_Shape], tuple[object
 
     @functools.cache
     def rank(key: str) -> int:
-        found = parser_rank(key, inspect_keys)
+        found = key_rank(key, inspect_keys)
         if found is None:
             raise ValueError(f"No parser of this service gives the key {key}.")
         return found

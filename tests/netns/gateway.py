@@ -10,6 +10,7 @@ The client has a few more addresses, for tests of many sources: 198.51.100.2 .. 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,8 +51,7 @@ class Gateway:
             "ip addr add 198.51.100.254/24 dev eth0; ip -6 addr add 2001:db8:1::fe/64 dev eth0 nodad;"
             f"ip addr add {ENDPOINT4}/32 dev lo; ip -6 addr add {ENDPOINT6}/128 dev lo nodad"
         )
-        self._directory = tempfile.TemporaryDirectory(prefix="steerd-test-")
-        self.directory = Path(self._directory.name)
+        self.directory = Path(tempfile.mkdtemp(prefix="steerd-test-"))
         self.config = self.directory / "steerd.toml"
         self.log = self.directory / "log"
         self.expected_warnings: list[str] = []
@@ -173,6 +173,9 @@ class Gateway:
         for process in self._processes:
             process.kill()
             process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
         try:
             unexpected = [
                 event
@@ -181,7 +184,7 @@ class Gateway:
             ]
             assert unexpected == []
         finally:
-            self._directory.cleanup()
+            shutil.rmtree(self.directory)
 
 
 @contextmanager

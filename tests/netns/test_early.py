@@ -5,6 +5,7 @@ Topology: tests/netns/gateway.py (one client, one gateway, endpoints 203.0.113.1
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Callable, Iterator
 
@@ -38,7 +39,7 @@ def lab(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
 
 def name(version: int, index: int, port: int) -> str:
     """How an answer of the daemon on an alias begins when this client asked."""
-    return f"{ALIAS[version].format(index)} {port} {CLIENT[version]} "
+    return f"{ipaddress.ip_address(ALIAS[version].format(index))} {port} {CLIENT[version]} "
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -13,7 +13,7 @@ from steerd.model import Condition, IPNetwork, Keys, Match, Route
 
 # Not in the order of the alphabet, so that the two orders cannot be taken for each other.
 INSPECT = (("r.*",), ("p.a", "p.b"), ("q",))
-PLACES = {"r.x": 0, "p.a": 1, "p.b": 1, "q": 2}
+PLACES = {"r.x": 0, "r.y": 0, "p.a": 1, "p.b": 2, "q": 3}
 KEYS = tuple(PLACES)
 
 SOURCES: tuple[IPNetwork | None, ...] = (

@@ -765,14 +765,8 @@ MISTAKES: list[tuple[str, str]] = [
         'services.web.extension_pool.port: Must be a whole number from 1 to 65535 or "same", not 0.',
     ),
     (
-        extension_pool("pool = 't', by = 'extension', first = 65000"),
-        "services.web.extension_pool.first: The last alias would have the extension 69095, and the "
-        'highest is 65535; give the pool a size, or map by = "extended-port".',
-    ),
-    (
-        extension_pool("pool = 't', by = 'extension'", "'10.64.0.0/16'"),
-        "services.web.extension_pool.pool: The last alias would have the extension 65536, and the "
-        'highest is 65535; give the pool a size, or map by = "extended-port".',
+        extension_pool("pool = 't', by = 'extension', first = 65536"),
+        "services.web.extension_pool.first: Is 65536, and the highest extension is 65535.",
     ),
     (
         extension_pool("pool = 't', by = 'extended-port'"),
@@ -782,11 +776,6 @@ MISTAKES: list[tuple[str, str]] = [
         extension_pool("pool = 't', by = 'extended-port', port = 80, first = 65536"),
         "services.web.extension_pool.first: Is 65536; an extended port is extension * 65536 + port with "
         "both at least 1, from 65537 on.",
-    ),
-    (
-        extension_pool("pool = 't', by = 'extended-port', port = 80, first = 4294967000"),
-        "services.web.extension_pool.first: The last alias would have the extended port 4294971095, and "
-        "the highest is 4294967295; give the pool a size.",
     ),
     (
         extension_pool("pool = 't', by = 'extended-port', port = 80", "'fd00:64::/112'"),

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from steerd.core import router
-from steerd.core.router import Conflict, Probe, compile_routes, conflicts, count_shapes, lookup, parser_rank
+from steerd.core.router import Conflict, Probe, compile_routes, conflicts, count_shapes, lookup, key_rank
 from steerd.model import Condition, Keys, Match, Route
 
 INSPECT = (
@@ -212,21 +212,20 @@ def test_more_shapes_than_can_be_tried_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_rank_of_a_key() -> None:
-    assert parser_rank("portext.src", INSPECT) == 0
-    assert parser_rank("http.header.x", INSPECT) == 1
-    assert parser_rank("http.header.", INSPECT) is None
-    assert parser_rank("http.header", INSPECT) is None
-    assert parser_rank("http.hosts", INSPECT) is None
+    assert [key_rank(key, INSPECT) for key in ("portext.dst", "portext.src")] == [0, 1]
+    assert key_rank("http.header.x", INSPECT) == 5
+    assert key_rank("http.header.", INSPECT) is None
+    assert key_rank("http.header", INSPECT) is None
+    assert key_rank("http.hosts", INSPECT) is None
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (route(http__host="a"), route(http__path="/")),
         (route(http__header__a="1"), route(http__header__b="2")),
         (route(http__host="*.ab", http__path="/a*"), route(http__host="ab*", http__path="*/ab")),
         (route(http__host="*.ab", http__path="/*"), route(http__host="*b", http__path="/ab*")),
-        (route("10.0.0.0/8", http__host="a"), route("10.0.0.0/8", http__path="/")),
+        (route("10.0.0.0/8", http__header__a="1"), route("10.0.0.0/8", http__header__b="2")),
         (route(http__host="x.ab", http__path="/a*"), route(http__host="*ab", http__path="/a")),
     ],
 )
@@ -238,6 +237,7 @@ def test_ties(one: Route, other: Route) -> None:
     ("one", "other"),
     [
         (route(http__host="a"), route(http__host="b")),
+        (route(http__host="a"), route(http__path="/")),
         (route(http__host="a", http__path="/"), route(http__host="b", http__header__x="/")),
         (route(http__host="*.ab", http__path="/*"), route(http__host="*c", http__path="/ab*")),
         (route("10.0.0.0/8", http__host="a"), route("11.0.0.0/8", http__path="/")),
@@ -253,8 +253,8 @@ def test_no_ties(one: Route, other: Route) -> None:
 
 
 def test_duplicates_are_told_from_ties() -> None:
-    one = route("10.0.0.0/8", http__host="a", http__path="/")
-    again = route("10.0.0.0/8", http__path="/", http__host="a")
+    one = route("10.0.0.0/8", http__host="a", http__header__y="/")
+    again = route("10.0.0.0/8", http__header__y="/", http__host="a")
     tie = route("10.0.0.0/8", http__host="a", http__header__x="1")
     assert conflicts([one, again, tie], INSPECT) == [
         Conflict(1, 0, duplicate=True),
@@ -265,7 +265,7 @@ def test_duplicates_are_told_from_ties() -> None:
 def test_thousands_of_shapes_that_share_an_exact_key_are_checked() -> None:
     routes = [route(http__host=f"h{i}", **{f"http__header__x{i}": "1"}) for i in range(5000)]
     assert conflicts(routes, INSPECT) == []
-    assert conflicts([*routes, route(http__host="h7", http__path="/")], INSPECT) == [Conflict(5000, 7, False)]
+    assert conflicts([*routes, route(http__host="h7", http__header__y="/")], INSPECT) == [Conflict(5000, 7, False)]
 
 
 def test_thousands_of_shapes_that_all_tie_are_checked() -> None:
