@@ -1,0 +1,196 @@
+"""`steerd check --live`: what on this machine would keep a configuration from working. Looks, changes nothing.
+
+Every finding is a Problem: the dotted key that is affected, and what was found, why it matters, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from steerd.config import Config, Service, Unextended
+from steerd.errors import Problem, SteerdError
+from steerd.kernel import host, listeners
+from steerd.model import Endpoint, IPAddress
+
+_WILDCARDS = {4: bytes(4), 6: bytes(16)}
+
+
+def check(config: Config) -> list[Problem]:
+    """Every finding about this machine (this network namespace).
+
+    Raises SteerdError without CAP_NET_ADMIN, or where a tool that is needed is missing or fails.
+    """
+    if not host.may_administer():
+        raise SteerdError("check --live must run as root (it needs CAP_NET_ADMIN to see the firewall's rules).")
+    tables = host.firewall()
+    return [
+        *_endpoints_elsewhere(config),
+        *_mark_conflicts(config, tables),
+        *_deadly_rules(tables),
+        *_wildcard_listeners(config),
+        *_own_listeners(config),
+    ]
+
+
+def _numbered(service: Service) -> Iterator[tuple[str, Endpoint]]:
+    for index, endpoint in enumerate(service.endpoints):
+        yield f"services.{service.name}.endpoints[{index}]", endpoint
+
+
+def _endpoints_elsewhere(config: Config) -> Iterator[Problem]:
+    keys: dict[IPAddress, str] = {}
+    for key, endpoint in (numbered for service in config.services for numbered in _numbered(service)):
+        keys.setdefault(endpoint.address, key)
+    here = host.local_addresses(keys)
+    for address, key in keys.items():
+        if address not in here:
+            yield Problem(
+                key,
+                f"{address} is not an address of this machine, and steerd does not add it, so no connection to it is"
+                f" steered; add it (ip address add {address}/{address.max_prefixlen} dev INTERFACE), or a local route.",
+            )
+
+
+def _mark_conflicts(config: Config, tables: list[host.Table]) -> Iterator[Problem]:
+    mask = config.gateway.mark.mask
+    free = host.ALL_BITS & ~mask
+    ours = f"bits of 0x{mask:08x}, in which steerd keeps its decisions"
+    remedy = f"limit it to the mask 0x{free:08x}, or choose other mark_bits."
+    for rule in host.mark_rules():
+        if rule.mask & mask:
+            yield Problem(
+                "gateway.mark_bits",
+                f"The ip rule {rule} compares {ours}; such packets would be routed another way than meant: {remedy}",
+            )
+    for finding in host.mark_users(tables, mask):
+        yield Problem(
+            "gateway.mark_bits",
+            f"A firewall rule uses {ours}; one would overwrite or misread what the other has written: {remedy}"
+            f" It is in {finding}.",
+        )
+
+
+_AT_HOOK = {
+    "prerouting": "The first data of a connection that is steered by its payload is such a packet, and late steering"
+    " cannot get it past this rule (port extensions in a SYN can); drop such packets at hook input, behind priority"
+    " -10 (iptables: chain INPUT of table filter), instead.",
+    "input": "The first data of a connection that is steered by its payload is such a packet, and late steering cannot"
+    " get it past this rule (port extensions in a SYN can); give the base chain a priority above -10.",
+    "output": "Packets with which late steering opens a connection that is steered by its payload are such packets"
+    " (port extensions in a SYN need none); take the rule away, since what this machine sends is no threat to it.",
+}
+
+
+def _deadly_rules(tables: list[host.Table]) -> Iterator[Problem]:
+    for finding in host.invalid_drops(tables):
+        yield Problem(
+            "services",
+            f"A firewall rule drops packets that conntrack calls invalid: {finding}."
+            f" {_AT_HOOK[finding.base.hook or '']}",
+        )
+
+
+class _Use(NamedTuple):
+    """Ports of one address family that targets use, and where that is written."""
+
+    version: int
+    first: int
+    last: int
+    key: str
+    wildcard: bool
+    """Whether a socket on the wildcard address is meant to answer."""
+    external: IPAddress | None
+    """The target's address, unless it is an alias."""
+
+
+def _uses(config: Config, service: Service) -> Iterator[_Use]:
+    meant = set(config.wildcard)
+    path = f"services.{service.name}"
+    targets = [(f"{path}.default", target) for target in service.default]
+    targets += [(f"{route.name}.target", target) for route in service.routes for target in route.targets]
+    for key, target in targets:
+        address = target.address
+        external = None if any(address in pool for pool in config.pools.values()) else address
+        for first, last in _ports(service, address.version, target.port):
+            yield _Use(address.version, first, last, key, target in meant, external)
+    arithmetic = service.extension_pool
+    if arithmetic is not None:
+        for version in (4, 6):
+            if arithmetic.pool.alias_count(version):
+                for first, last in _ports(service, version, arithmetic.port):
+                    key = f"{path}.extension_pool"
+                    yield _Use(version, first, last, key, arithmetic.wildcard, None)
+
+
+def _ports(service: Service, version: int, port: int) -> list[tuple[int, int]]:
+    """A target's port, or for `same` all ports on which its clients may come."""
+    if port:
+        return [(port, port)]
+    return [(e.first_port, e.last_port) for e in service.endpoints if e.address.version == version]
+
+
+def _wildcard_listeners(config: Config) -> Iterator[Problem]:
+    bound = listeners.wildcard_ports()
+    hits = [
+        (use, (version, port))
+        for service in config.services
+        for use in _uses(config, service)
+        if not use.wildcard
+        for version, port in bound
+        if version == use.version and use.first <= port <= use.last
+    ]
+    # Targets on other machines have nothing to do with sockets here; external ones may be local nonetheless.
+    outside = {use.external for use, _ in hits if use.external is not None}
+    elsewhere = outside - host.local_addresses(outside) if outside else outside
+    affected: dict[tuple[int, int], str] = {}
+    for use, listener in hits:
+        if use.external not in elsewhere:
+            affected.setdefault(listener, use.key)
+    names = host.processes_listening({(wildcard, port) for _, port in affected for wildcard in _WILDCARDS.values()})
+    for (version, port), key in sorted(affected.items()):
+        name = _wildcard_name(names, version, port)
+        yield Problem(
+            key,
+            f"Port {port} of the wildcard address ({'0.0.0.0' if version == 4 else '::'}) is taken by {name}, and a"
+            " target uses this port: its daemon cannot bind the alias meanwhile, and steerd resets what the other"
+            " socket would answer in its place; bind that one to addresses of its own, or say wildcard = true if it is"
+            " meant to answer.",
+        )
+
+
+def _own_listeners(config: Config) -> Iterator[Problem]:
+    wildcard = listeners.wildcard_ports()
+    specific = listeners.all_listeners()
+    for service in config.services:
+        if service.unextended is Unextended.PASS:
+            continue
+        meant = [use for use in _uses(config, service) if use.wildcard]
+        for key, endpoint in _numbered(service):
+            if endpoint.first_port == endpoint.last_port:
+                continue
+            version, packed = endpoint.address.version, endpoint.address.packed
+            ports = {port for address, port in specific if address == packed}
+            ports |= {
+                port
+                for family, port in wildcard
+                if family == version and not any(u.version == version and u.first <= port <= u.last for u in meant)
+            }
+            ports = {port for port in ports if endpoint.first_port <= port <= endpoint.last_port}
+            names = host.processes_listening(
+                {(address, port) for port in ports for address in (packed, *_WILDCARDS.values())}
+            )
+            for port in sorted(ports):
+                name = names.get((packed, port)) or _wildcard_name(names, version, port)
+                passing = ', or set unextended = "pass"' if service.unextended is not None else ""
+                yield Problem(
+                    key,
+                    f"The range {endpoint} covers port {port}, on which {name} listens: connections to it are steered"
+                    f" away and never get there; leave port {port} out of the range{passing}.",
+                )
+
+
+def _wildcard_name(names: dict[tuple[bytes, int], str], version: int, port: int) -> str:
+    """Who holds the wildcard address; a socket on `::` usually takes IPv4 connections too."""
+    wildcards = [_WILDCARDS[4], _WILDCARDS[6]] if version == 4 else [_WILDCARDS[6]]
+    return next((names[w, port] for w in wildcards if (w, port) in names), "a process that cannot be seen")
