@@ -5,6 +5,7 @@ Topology: tests/netns/gateway.py. "Under load" means: while other connections co
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from steerd.model import Extension
-from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
+from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 
 CONFIG = """
@@ -33,6 +34,12 @@ endpoints = ["203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp"]
 inspect = ["port-extension"]
 unextended = "pass"
 extension_pool = { pool = "tenants", by = "extension", port = 8080 }
+
+[services.other]
+endpoints = ["203.0.113.10:444/tcp", "[2001:db8::10]:444/tcp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "tenants", by = "extension", port = 9090 }
 """
 ALIAS = {4: "10.64.0.{}", 6: "fd00:64::{:x}"}
 TCP_REPAIR = 19
@@ -79,7 +86,7 @@ def test_no_alias_is_reached_from_outside_but_by_a_decision(lab: Gateway, versio
                     connection.connect((ALIAS[version].format(index), 8080))
         # Neither does a packet that conntrack was told to ignore.
         lab.host.sh(
-            "nft 'table inet untracked { chain all { type filter hook prerouting priority raw; "
+            "nft 'table inet untracked { chain everything { type filter hook prerouting priority raw; "
             f"{'ip' if version == 4 else 'ip6'} daddr {ALIAS[version].format(7)} notrack; }}; }}'"
         )
         with lab.socket(None, version=version) as connection:
@@ -93,15 +100,21 @@ def test_no_alias_is_reached_from_outside_but_by_a_decision(lab: Gateway, versio
 def test_a_decision_whose_target_is_missing_in_the_map_is_dropped_and_mended(lab: Gateway, version: int) -> None:
     """The gateway's own socket on the endpoint's port must not get the connection; and the daemon repairs the map."""
     lab.respond((ALIAS[version].format(0), 200, 8080), (ENDPOINT4 if version == 4 else ENDPOINT6, 1, 443))
-    assert lab.ask(Extension(150, 0), 443, version=version).split()[0] == ALIAS[version].format(149)
+
+    def daemon_asked() -> str:
+        # Always the same source port, hence always the same worker: it believes the element to be there.
+        source = (CLIENT4 if version == 4 else CLIENT6, 42000)
+        return lab.ask(Extension(150, 0), 443, version=version, source=source, linger=False).split()[0]
+
+    assert daemon_asked() == ALIAS[version].format(149)
     with load(lab, version):
         listed = lab.host.sh(f"nft list map inet steerd targets{version}")
-        (element,) = (e for e in listed.replace("}", ",").split(",") if f"{ALIAS[version].format(149)} ." in e)
-        mark, data = element.replace("elements = {", "").strip().split(" : ")
-        lab.host.sh(f"nft delete element inet steerd targets{version} '{{ {mark} : {data} }}'")
+        found = re.search(rf"(0x[0-9a-f]+) : ({ALIAS[version].format(149)} \. 8080)", listed)
+        assert found
+        lab.host.sh(f"nft delete element inet steerd targets{version} '{{ {found[1]} : {found[2]} }}'")
         before = lab.counters()["untranslated"]
         # The first SYN is dropped; the daemon sees that, workers load again, and a repeated SYN gets through.
-        assert lab.ask(Extension(150, 0), 443, version=version).split()[0] == ALIAS[version].format(149)
+        assert daemon_asked() == ALIAS[version].format(149)
         assert lab.counters()["untranslated"] > before
     lab.expected_warnings = [
         "packets were dropped since their target was missing in the kernel's maps; workers load their targets again"
@@ -112,7 +125,7 @@ def test_a_decision_whose_target_is_missing_in_the_map_is_dropped_and_mended(lab
 def test_a_decided_packet_that_conntrack_ignores_is_dropped(lab: Gateway) -> None:
     lab.respond((ENDPOINT4, 1, 443), ("10.64.0.0", 10, 8080))
     lab.host.sh(
-        "nft 'table inet untracked { chain all { type filter hook prerouting priority raw; tcp dport 443 notrack; }; }'"
+        "nft 'table inet untracked { chain everything { type filter hook prerouting priority raw; tcp dport 443 notrack; }; }'"
     )
     with lab.socket(Extension(5, 0)) as connection:
         connection.settimeout(0.5)
@@ -128,12 +141,12 @@ def test_a_decided_packet_that_conntrack_ignores_is_dropped(lab: Gateway) -> Non
 def test_a_wildcard_listener_never_answers_for_a_daemon_that_is_down(lab: Gateway, version: int) -> None:
     lab.respond((ALIAS[version].format(0), 100, 8080))
     anybody = "0.0.0.0" if version == 4 else "::"
-    lab.spawn(lab.host, sys.executable, "-c", _WILDCARD_LISTENER, anybody, "8080")
-    time.sleep(0.5)
+    lab.spawn(lab.host, sys.executable, "-c", _WILDCARD_LISTENER, anybody, "9090")
+    lab.wait(lambda: lab.host.sh("ss -Hltn sport = 9090"), "the wildcard listener is up")
     before = lab.counters()["wildcard"]
     with load(lab, version):
         for extension in (150, 200, 256):
-            refused_within(1.0, lambda e=extension: lab.ask(Extension(e, 0), 443, version=version))  # type: ignore[misc]
+            refused_within(1.0, lambda e=extension: lab.ask(Extension(e, 0), 444, version=version))  # type: ignore[misc]
     assert lab.counters()["wildcard"] == before + 3
 
 
