@@ -81,7 +81,7 @@ class Timeouts(Struct, frozen=True):
     """Conntrack timeouts of steered TCP connections, in seconds."""
 
     syn_sent: _Seconds = 5
-    syn_recv: _Seconds = 15
+    syn_recv: _Seconds = 5
     time_wait: _Seconds = 10
     close: _Seconds = 2
 
