@@ -62,7 +62,7 @@ def test_a_flood_of_spoofed_syns_is_bounded_and_real_clients_are_served(new_host
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=ROOT,
-            )  # fmt: skip
+            )
             for number in range(CLIENTS)
         ]
         good = wrong = failed = most_entries = 0

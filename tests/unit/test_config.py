@@ -186,7 +186,7 @@ def test_everything_about_the_gateway_has_a_default() -> None:
     assert (gateway.first_queue, gateway.mark, gateway.access_log) == (21300, MarkLayout(8, 31), 0)
     assert (gateway.queue_length, gateway.receive_buffer) == (4096, 8388608)
     assert gateway.limits == Limits(1000, 2000, 2000, 4000, 50000, 50000)
-    assert gateway.timeouts == Timeouts(5, 15, 10, 2)
+    assert gateway.timeouts == Timeouts(5, 5, 10, 2)
     assert gateway.port_extension == Numbers(0x9E, 0x1E, 253, 0x5354)
 
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from steerd.core import router
-from steerd.core.router import Conflict, Probe, compile_routes, conflicts, count_shapes, lookup, key_rank
+from steerd.core.router import Conflict, Probe, compile_routes, conflicts, count_shapes, key_rank, lookup
 from steerd.model import Condition, Keys, Match, Route
 
 INSPECT = (
