@@ -1,14 +1,14 @@
 """steerd: one public address and port, any number of daemons behind it. Decide once in user space, carry for ever in
 the kernel.
 
-**The nouns** (steerd.model). Clients connect to an *endpoint*, a public address and port (or range of ports). Endpoints
-that belong together are a *service*. Inspecting a packet gives *keys*, such as `portext.dst=7` or `http.host=a.example`.
-A *route* leads from keys (and perhaps a source prefix) to a *target*, an address and port that a daemon listens on;
-nearly always an *alias*, a local address out of a *pool* that steerd manages.
+**The nouns** (steerd.model). Clients connect to an *endpoint*, a public address and port (or range of ports).
+Endpoints that belong together are a *service*. Inspecting a packet gives *keys*, such as `portext.dst=7` or
+`http.host=a.example`. A *route* leads from keys (and perhaps a source prefix) to a *target*, an address and port that
+a daemon listens on; nearly always an *alias*, a local address out of a *pool* that steerd manages.
 
-**The life of one SYN.** It arrives for 203.0.113.10:443 and carries a port extension, 7, in an IP option.
-The nft table `inet steerd` (nft/steerd.nft) knows the endpoint and sees the option: chain `divert` hands the packet to
-the queue of one worker, chosen by a hash of address and port. The worker (steerd.worker) reads it (steerd.wire.packet,
+**The life of one SYN.** It arrives for 203.0.113.10:443 and carries a port extension, 7, in an IP option. The nft
+table `inet steerd` (nft/steerd.nft) knows the endpoint and sees the option: chain `divert` hands the packet to the
+queue of one worker, chosen by a hash of address and port. The worker (steerd.worker) reads it (steerd.wire.packet,
 steerd.wire.portext), asks the engine (steerd.core.engine), and the engine finds the best route among the keys
 (steerd.core.router) or maps 7 to the seventh alias of a pool. The answer is a target id. If it is used for the first
 time, the worker tells the kernel which address the id stands for (steerd.kernel.nftables). Then it writes the id into
@@ -17,8 +17,8 @@ makes sure that this is what happened and clears the mark, and the packet is del
 conntrack translates every packet of the connection, both ways, and steerd never sees it again. The daemon sees the
 client's own address.
 
-**Who does what.** *wire turns bytes into facts, core turns facts into decisions, kernel turns decisions into effects and
-the world into facts.* wire and core are pure: no clock, no socket, no log.
+**Who does what.** *wire turns bytes into facts, core turns facts into decisions, kernel turns decisions into effects
+and the world into facts.* wire and core are pure: no clock, no socket, no log.
 
     cli/           the commands `steerd` and `steerctl`; no logic
     daemon.py      the main process (asyncio): makes the machine match the configuration and keeps it so
@@ -31,14 +31,14 @@ the world into facts.* wire and core are pure: no clock, no socket, no log.
     control/       registry (LMDB): ids, routes and the plan; what must outlive a process and what all workers read
     telemetry/     counters in shared memory, logs
 
-Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and model;
-core sees wire and model; wire sees model.
+Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and
+model; core sees wire and model; wire sees model.
 
-**Two kinds of process.** The main process owns the configuration, the registry, the aliases and the table. It starts one
-worker for each queue, and again if it dies. A worker owns nothing that must survive it. Kill any of them at any time:
-established connections do not notice, new ones wait for a repeated SYN.
+**Two kinds of process.** The main process owns the configuration, the registry, the aliases and the table. It starts
+one worker for each queue, and again if it dies. A worker owns nothing that must survive it. Kill any of them at any
+time: established connections do not notice, new ones wait for a repeated SYN.
 
-**When in doubt, drop.** A connection at the wrong daemon is the worst there is. So a packet that cannot be read, matched,
-or translated as decided is dropped or reset, and counted under one reason (steerd.model.Reason, and the named counters
-of the table).
+**When in doubt, drop.** A connection at the wrong daemon is the worst there is. So a packet that cannot be read,
+matched, or translated as decided is dropped or reset, and counted under one reason (steerd.model.Reason, and the
+named counters of the table).
 """
