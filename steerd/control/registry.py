@@ -145,8 +145,14 @@ class Registry:
             mapping=mapping,
             default=ids.for_targets(service.default),
             unmatched=service.unmatched,
-            unextended=_UNEXTENDED[service.unextended or Unextended.UNMATCHED],
+            unextended=_UNEXTENDED[_unextended(service)],
         )
+
+
+def _unextended(service: Service) -> Unextended:
+    """What a SYN with nothing to go by means to a service; one that reads no extension cannot say it, and means its
+    default, if it has one."""
+    return service.unextended or (Unextended.DEFAULT if service.default else Unextended.UNMATCHED)
 
 
 def _patterns(parser: Parser, routes: Iterable[Route]) -> set[str]:
