@@ -1,0 +1,376 @@
+"""This SYN, where does it go? Plans come from configurations, by way of the registry, as workers get theirs."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from steerd import config
+from steerd.control.registry import Reader, Registry
+from steerd.core.engine import Decision, Engine
+from steerd.model import TCP, UDP, Extension, Outcome, Reason
+from steerd.wire import portext
+from steerd.wire.packet import SYN, Packet
+
+NUMBERS = portext.Numbers()
+CLIENT = {4: "198.51.100.1", 6: "2001:db8:1::1"}
+
+CONFIG = """
+[pools.tenants]                                # indices IPv4 0..3, 4..5; IPv6 0..3
+prefixes = ["10.64.0.0/30", "fd00:64::/126", "10.70.0.8/31"]
+[pools.few]                                    # the first 3 of 256
+prefixes = ["10.80.0.0/24"]
+size = 3
+
+[services.web]
+endpoints = ["203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp"]
+inspect = ["port-extension", "http", "prefix"]
+unextended = "default"
+default = ["10.64.0.3:80", "[fd00:64::3]:80"]
+extension_pool = { pool = "tenants", by = "extension", port = 8080 }
+routes = [
+    { when = { "portext.dst" = 2 }, target = ["10.64.0.0:1002", "[fd00:64::]:1002"] },
+    { when = { "portext.dst" = 3 }, target = "10.64.0.0:1003" },
+    { when = { "portext.src" = 9 }, target = ["10.64.0.0:1009", "[fd00:64::]:1009"] },
+    { when = { "portext.dst" = 2, "portext.src" = 9 }, target = "10.64.0.0:1029" },
+    { when = { "portext.dst" = 4 }, source = "192.0.2.0/24", target = "10.64.0.0:1004" },
+    { when = { "portext.port" = 327_680_443 }, target = "10.64.0.0:1005" },
+    { when = { "http.host" = "a.example" }, target = ["10.64.0.1:same", "[fd00:64::1]:same"] },
+    { when = { "prefix" = "SSH-2.0-" }, target = "10.64.0.0:22" },
+    { when = { "prefix" = "GET " }, target = "10.64.0.0:81" },
+]
+
+[services.strict]                              # nothing but what is written; silence otherwise
+endpoints = ["203.0.113.10:1000-1999/tcp", "[2001:db8::10]:1000-1999/tcp"]
+inspect = ["port-extension", "http"]
+unextended = "unmatched"
+unmatched = "drop"
+extension_pool = { pool = "few", by = "extension", first = 100 }
+
+[services.shared]                              # the gateway's own daemon, and aliases beside it
+endpoints = ["203.0.113.10:22/tcp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "tenants", by = "extension", port = 22 }
+
+[services.whole]                               # extended ports 131070 .. 131075, across port 0 of extension 2
+endpoints = ["203.0.113.11:1-65535/tcp", "[2001:db8::11]:1-65535/tcp"]
+inspect = ["port-extension"]
+unextended = "unmatched"
+extension_pool = { pool = "tenants", by = "extended-port", first = 131070, port = 9000 }
+
+[services.half]                                # a default of one family only
+endpoints = ["203.0.113.12:443/tcp", "[2001:db8::12]:443/tcp"]
+inspect = ["port-extension"]
+unextended = "default"
+default = "10.64.0.3:80"
+routes = [{ when = { "portext.dst" = 1 }, target = "10.64.0.2:80" }]
+
+[services.prefix-first]
+endpoints = ["203.0.113.13:80/tcp"]
+inspect = ["prefix", "http"]
+routes = [
+    { when = { "prefix" = "GET " }, target = "10.64.0.0:81" },
+    { when = { "http.host" = "a.example" }, target = "10.64.0.1:82" },
+]
+
+[services.by-source]
+endpoints = ["203.0.113.14:25/tcp"]
+default = "10.64.0.3:25"
+routes = [
+    { source = "198.51.100.0/24", target = "10.64.0.1:25" },
+    { source = "198.51.100.1/32", target = "10.64.0.2:25" },
+]
+
+[services.no-default]
+endpoints = ["203.0.113.15:80/tcp"]
+inspect = ["http"]
+routes = [{ when = { "http.host" = "a.example" }, target = "10.64.0.1:80" }]
+"""
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"
+OTHER_REQUEST = b"GET / HTTP/1.1\r\nHost: b.example\r\n\r\n"
+UNFINISHED = REQUEST[:-2]
+SSH = b"SSH-2.0-OpenSSH_9.2\r\n"
+MALFORMED_IPV4 = bytes.fromhex("9e0a5354000700000000")  # ours, of a length that is not ours
+
+
+def syn(
+    endpoint: str,
+    extension: tuple[int, int] | None = None,
+    *,
+    via: str = "ip",
+    payload: bytes = b"",
+    source: str | None = None,
+    protocol: int = TCP,
+    ip_options: bytes = b"",
+) -> Packet:
+    """A SYN to `address:port`, perhaps with an extension in the IP or the TCP header."""
+    host, _, port = endpoint.rpartition(":")
+    dst = ipaddress.ip_address(host.strip("[]"))
+    src = ipaddress.ip_address(source or CLIENT[dst.version])
+    dst_options = tcp_options = b""
+    if extension is not None and via == "tcp":
+        tcp_options = portext.encode_tcp(Extension(*extension), NUMBERS)
+    elif extension is not None and dst.version == 4:
+        ip_options += portext.encode_ipv4(Extension(*extension), NUMBERS)
+    elif extension is not None:
+        dst_options = portext.encode_ipv6(Extension(*extension), NUMBERS)[2:]
+    return Packet(
+        dst.version, src.packed, dst.packed, protocol, 40000, int(port), SYN, 1, 0,
+        ip_options, dst_options, tcp_options, payload,
+    )  # fmt: skip
+
+
+class Decider:
+    """An engine and the registry it reads."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._engine = Engine(reader.refresh(), reader.route)
+
+    def decide(self, packet: Packet) -> Decision:
+        return self._engine.decide_syn(packet)
+
+    def target(self, decision: Decision) -> str | None:
+        """Where the decision leads to, as the registry knows it."""
+        target = self._reader.target(decision.target_id)
+        return str(target) if target else None
+
+
+@contextmanager
+def decider(directory: Path, text: str) -> Iterator[Decider]:
+    registry = Registry(str(directory))
+    registry.publish(config.parse(text, "steerd.toml"))
+    registry.close()  # LMDB lets a process open an environment once
+    reader = Reader(str(directory))
+    try:
+        yield Decider(reader)
+    finally:
+        reader.close()
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decider]:
+    with decider(tmp_path_factory.mktemp("state"), CONFIG) as made:
+        yield made
+
+
+WEB4, WEB6 = "203.0.113.10:443", "[2001:db8::10]:443"
+
+# SYN -> service, reason, target. What is not steered has the outcome in the target's place.
+STEERED: list[tuple[Packet, str, Reason, str | Outcome]] = [
+    # a route; and one of several conditions before one of fewer
+    (syn(WEB4, (2, 0)), "web", Reason.ROUTE, "10.64.0.0:1002"),
+    (syn(WEB6, (2, 0)), "web", Reason.ROUTE, "[fd00:64::]:1002"),
+    (syn(WEB4, (2, 0), via="tcp"), "web", Reason.ROUTE, "10.64.0.0:1002"),
+    (syn(WEB6, (2, 0), via="tcp"), "web", Reason.ROUTE, "[fd00:64::]:1002"),
+    (syn(WEB4, (2, 9)), "web", Reason.ROUTE, "10.64.0.0:1029"),
+    (syn(WEB4, (0, 9)), "web", Reason.ROUTE, "10.64.0.0:1009"),
+    (syn(WEB6, (0, 9)), "web", Reason.ROUTE, "[fd00:64::]:1009"),
+    (syn(WEB4, (5000, 0)), "web", Reason.ROUTE, "10.64.0.0:1005"),
+    (syn(WEB4, (4, 0), source="192.0.2.255"), "web", Reason.ROUTE, "10.64.0.0:1004"),
+    # what matched has no target of this family: that is said, and no worse match is taken
+    (syn(WEB6, (3, 0)), "web", Reason.NO_FAMILY, Outcome.RESET),
+    (syn(WEB6, (2, 9)), "web", Reason.NO_FAMILY, Outcome.RESET),
+    (syn("[2001:db8::12]:443", (1, 0)), "half", Reason.NO_FAMILY, Outcome.RESET),
+    (syn("[2001:db8::12]:443", (5, 0)), "half", Reason.NO_FAMILY, Outcome.RESET),
+    (syn("[2001:db8::12]:443"), "half", Reason.NO_FAMILY, Outcome.RESET),
+    # arithmetic: the first, over the border of two prefixes, the last; IPv6 counts by itself
+    (syn(WEB4, (1, 0)), "web", Reason.ARITHMETIC, "10.64.0.0:8080"),
+    (syn(WEB4, (4, 0)), "web", Reason.ARITHMETIC, "10.64.0.3:8080"),
+    (syn(WEB4, (5, 0)), "web", Reason.ARITHMETIC, "10.70.0.8:8080"),
+    (syn(WEB4, (6, 0)), "web", Reason.ARITHMETIC, "10.70.0.9:8080"),
+    (syn(WEB6, (4, 0)), "web", Reason.ARITHMETIC, "[fd00:64::3]:8080"),
+    (syn(WEB4, (1, 1234)), "web", Reason.ARITHMETIC, "10.64.0.0:8080"),
+    (syn("203.0.113.10:1500", (100, 0)), "strict", Reason.ARITHMETIC, "10.80.0.0:same"),
+    (syn("203.0.113.10:1500", (102, 0)), "strict", Reason.ARITHMETIC, "10.80.0.2:same"),
+    # ... by extended port: 1:65534 is 131070; 2:0 would be 131072 and its alias is nobody's
+    (syn("203.0.113.11:65534", (1, 0)), "whole", Reason.ARITHMETIC, "10.64.0.0:9000"),
+    (syn("203.0.113.11:65535", (1, 0)), "whole", Reason.ARITHMETIC, "10.64.0.1:9000"),
+    (syn("203.0.113.11:1", (2, 0)), "whole", Reason.ARITHMETIC, "10.64.0.3:9000"),
+    (syn("203.0.113.11:3", (2, 0)), "whole", Reason.ARITHMETIC, "10.70.0.9:9000"),
+    (syn("[2001:db8::11]:1", (2, 0)), "whole", Reason.ARITHMETIC, "[fd00:64::3]:9000"),
+    # ... and outside of it
+    (syn("203.0.113.11:65533", (1, 0)), "whole", Reason.UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.11:4", (2, 0)), "whole", Reason.UNMATCHED, Outcome.RESET),
+    (syn("[2001:db8::11]:2", (2, 0)), "whole", Reason.UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.11:65535", (65535, 0)), "whole", Reason.UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.10:1500", (99, 0)), "strict", Reason.UNMATCHED, Outcome.DROP),
+    (syn("203.0.113.10:1500", (103, 0)), "strict", Reason.UNMATCHED, Outcome.DROP),
+    (syn("203.0.113.10:1500", (65535, 0)), "strict", Reason.UNMATCHED, Outcome.DROP),
+    (syn("[2001:db8::10]:1500", (100, 0)), "strict", Reason.UNMATCHED, Outcome.DROP),  # a pool of IPv4 only
+    # an extension that nothing knows
+    (syn(WEB4, (7, 0)), "web", Reason.DEFAULT, "10.64.0.3:80"),
+    (syn(WEB6, (5, 0)), "web", Reason.DEFAULT, "[fd00:64::3]:80"),
+    (syn("203.0.113.10:22", (7, 0)), "shared", Reason.UNMATCHED, Outcome.RESET),
+    # no extension
+    (syn(WEB4), "web", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:80"),
+    (syn(WEB6), "web", Reason.UNEXTENDED_DEFAULT, "[fd00:64::3]:80"),
+    (syn(WEB4, (0, 0)), "web", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:80"),
+    (syn("203.0.113.10:1000"), "strict", Reason.UNEXTENDED_UNMATCHED, Outcome.DROP),
+    (syn("203.0.113.11:80"), "whole", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.10:22"), "shared", Reason.UNEXTENDED_PASS, Outcome.PASS),
+    # a source extension picks no alias: by itself it is for routes only
+    (syn(WEB4, (0, 1)), "web", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:80"),
+    (syn("203.0.113.10:22", (0, 1)), "shared", Reason.UNEXTENDED_PASS, Outcome.PASS),
+    # Fast Open: payload that is complete, that nothing matches, that is nobody's, that is cut short
+    (syn(WEB4, payload=REQUEST), "web", Reason.ROUTE, "10.64.0.1:same"),
+    (syn(WEB6, payload=REQUEST), "web", Reason.ROUTE, "[fd00:64::1]:same"),
+    (syn(WEB4, payload=SSH), "web", Reason.ROUTE, "10.64.0.0:22"),
+    (syn("203.0.113.10:1000", payload=OTHER_REQUEST), "strict", Reason.UNMATCHED, Outcome.DROP),
+    (syn("203.0.113.10:1000", payload=SSH), "strict", Reason.UNEXTENDED_UNMATCHED, Outcome.DROP),
+    (syn("203.0.113.10:1000", payload=UNFINISHED), "strict", Reason.UNEXTENDED_UNMATCHED, Outcome.DROP),
+    (syn(WEB4, payload=UNFINISHED), "web", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:80"),
+    (syn(WEB4, payload=SSH[:5]), "web", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:80"),
+    (syn(WEB4, (5, 0), payload=UNFINISHED), "web", Reason.ARITHMETIC, "10.70.0.8:8080"),
+    # a route by payload before arithmetic by extension; of equal routes, the key that inspect names first
+    (syn(WEB4, (5, 0), payload=REQUEST), "web", Reason.ROUTE, "10.64.0.1:same"),
+    (syn(WEB4, (2, 0), payload=REQUEST), "web", Reason.ROUTE, "10.64.0.0:1002"),
+    # the order of inspect: http holds back prefix while it waits (above), and not the other way round
+    (syn("203.0.113.13:80", payload=UNFINISHED), "prefix-first", Reason.ROUTE, "10.64.0.0:81"),
+    (syn("203.0.113.13:80", payload=OTHER_REQUEST), "prefix-first", Reason.ROUTE, "10.64.0.0:81"),
+    (syn("203.0.113.13:80", payload=REQUEST), "prefix-first", Reason.ROUTE, "10.64.0.1:82"),
+    (syn("203.0.113.13:80", payload=b"GE"), "prefix-first", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    # a service that does not inspect the extension does not see it
+    (syn("203.0.113.13:80", (1, 1)), "prefix-first", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    # the source alone, the longer prefix first
+    (syn("203.0.113.14:25"), "by-source", Reason.ROUTE, "10.64.0.2:25"),
+    (syn("203.0.113.14:25", source="198.51.100.2"), "by-source", Reason.ROUTE, "10.64.0.1:25"),
+    (syn("203.0.113.14:25", source="198.51.101.1"), "by-source", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:25"),
+    (syn("203.0.113.15:80"), "no-default", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    # the edges of port ranges
+    (syn("203.0.113.10:1000", (100, 0)), "strict", Reason.ARITHMETIC, "10.80.0.0:same"),
+    (syn("203.0.113.10:1999", (100, 0)), "strict", Reason.ARITHMETIC, "10.80.0.0:same"),
+    (syn("203.0.113.11:1"), "whole", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.11:65535"), "whole", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    # no endpoint: beside the ranges, another address, another protocol
+    (syn("203.0.113.10:999", (100, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("203.0.113.10:2000", (100, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("203.0.113.10:21"), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("203.0.113.10:442", (1, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("203.0.113.10:444", (1, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("203.0.113.11:0", (2, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("203.0.113.99:443", (1, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn("[2001:db8::99]:443", (1, 0)), "", Reason.NO_ENDPOINT, Outcome.DROP),
+    (syn(WEB4, (1, 0), protocol=UDP), "", Reason.NO_ENDPOINT, Outcome.DROP),
+]  # fmt: skip
+
+
+def described(row: tuple[Packet, str, Reason, str | Outcome]) -> str:
+    packet, service, reason, _ = row
+    return f"{service or 'nobody'}-{packet.version}-{packet.dport}-{reason.name.lower()}"
+
+
+@pytest.mark.parametrize(("packet", "service", "reason", "expected"), STEERED, ids=map(described, STEERED))
+def test_where_a_syn_goes(plan: Decider, packet: Packet, service: str, reason: Reason, expected: str | Outcome) -> None:
+    decision = plan.decide(packet)
+    found = plan.target(decision) if decision.outcome is Outcome.STEER else decision.outcome
+    assert (decision.service, decision.reason, found) == (service, reason, expected)
+    assert (decision.target_id != 0) == (decision.outcome is Outcome.STEER)
+    assert not decision.malformed
+
+
+def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() -> None:
+    not_the_engines = {Reason.NOT_READABLE, Reason.NOT_LOADED, Reason.FAULT}
+    assert {reason for _, _, reason, _ in STEERED} == set(Reason) - not_the_engines
+    assert {expected if isinstance(expected, Outcome) else Outcome.STEER for *_, expected in STEERED} == set(Outcome)
+
+
+@pytest.mark.parametrize(
+    ("packet", "keys"),
+    [
+        (syn(WEB4), {}),
+        (syn(WEB4, (7, 0)), {"portext.dst": "7", "portext.port": str(7 * 65536 + 443)}),
+        (syn(WEB4, (0, 3)), {"portext.src": "3"}),
+        (syn(WEB6, (7, 3)), {"portext.dst": "7", "portext.src": "3", "portext.port": str(7 * 65536 + 443)}),
+        (syn(WEB4, (0, 3), payload=SSH), {"portext.src": "3", "prefix": "SSH-2.0-"}),
+        (syn(WEB4, payload=UNFINISHED), {}),
+        (
+            syn(WEB4, payload=REQUEST),
+            {
+                "http.method": "GET",
+                "http.path": "/",
+                "http.host": "a.example",
+                "http.header.host": "a.example",
+                "prefix": "GET ",
+            },
+        ),
+        (syn("203.0.113.99:443", (1, 0)), {}),
+    ],
+)
+def test_the_keys_of_a_decision(plan: Decider, packet: Packet, keys: dict[str, str]) -> None:
+    assert plan.decide(packet).keys == keys
+
+
+@pytest.mark.parametrize("endpoint", [WEB4, "203.0.113.10:1000", "203.0.113.10:22"])
+def test_a_malformed_extension_is_none_and_says_so(plan: Decider, endpoint: str) -> None:
+    without = plan.decide(syn(endpoint))
+    assert plan.decide(syn(endpoint, ip_options=MALFORMED_IPV4)) == without._replace(malformed=True)
+    # Two extensions are as good as none: nothing says which one is meant.
+    twice = portext.encode_ipv4(Extension(1, 0), NUMBERS)
+    assert plan.decide(syn(endpoint, (1, 0), ip_options=twice)) == without._replace(malformed=True)
+
+
+def test_a_malformed_extension_leaves_the_payload_to_go_by(plan: Decider) -> None:
+    decision = plan.decide(syn(WEB4, ip_options=MALFORMED_IPV4, payload=REQUEST))
+    assert (decision.reason, plan.target(decision), decision.malformed) == (Reason.ROUTE, "10.64.0.1:same", True)
+
+
+def test_a_service_that_does_not_inspect_extensions_does_not_count_malformed_ones(plan: Decider) -> None:
+    assert not plan.decide(syn("203.0.113.13:80", ip_options=MALFORMED_IPV4)).malformed
+
+
+@pytest.mark.parametrize("length", range(len(REQUEST)))
+@pytest.mark.parametrize("extension", [None, (1, 0), (2, 0), (7, 0)])
+def test_payload_that_is_cut_short_changes_nothing(
+    plan: Decider, extension: tuple[int, int] | None, length: int
+) -> None:
+    assert plan.decide(syn(WEB4, extension, payload=REQUEST[:length])) == plan.decide(syn(WEB4, extension))
+
+
+def test_a_service_that_has_a_default_and_nothing_else_steers_there(tmp_path: Path) -> None:
+    text = """
+    [pools.p]
+    prefixes = ["10.64.0.0/30"]
+    [services.only]
+    endpoints = ["203.0.113.10:80/tcp"]
+    default = "10.64.0.1:80"
+    """
+    with decider(tmp_path, text) as plan:
+        decision = plan.decide(syn("203.0.113.10:80"))
+        assert (decision.outcome, plan.target(decision)) == (Outcome.STEER, "10.64.0.1:80")
+
+
+def test_the_numbers_of_the_extension_are_the_configured_ones(tmp_path: Path) -> None:
+    text = """
+    [gateway.port_extension]
+    ipv4_option = 0x9F
+    exid = 0x1234
+    [pools.p]
+    prefixes = ["10.64.0.0/30"]
+    [services.s]
+    endpoints = ["203.0.113.10:80/tcp"]
+    inspect = ["port-extension"]
+    extension_pool = { pool = "p", by = "extension" }
+    """
+    numbers = NUMBERS._replace(ipv4_option=0x9F, exid=0x1234)
+    with decider(tmp_path, text) as plan:
+        ours = plan.decide(syn("203.0.113.10:80", ip_options=portext.encode_ipv4(Extension(2, 0), numbers)))
+        assert (ours.reason, plan.target(ours)) == (Reason.ARITHMETIC, "10.64.0.1:same")
+        assert plan.decide(syn("203.0.113.10:80", (2, 0))).reason is Reason.UNEXTENDED_UNMATCHED
+
+
+def test_ranges_of_one_address_that_touch_are_told_apart(tmp_path: Path) -> None:
+    services = "".join(
+        f'[services.{name}]\nendpoints = ["203.0.113.10:{ports}/tcp"]\ndefault = "10.64.0.{index}:80"\n'
+        'inspect = ["port-extension"]\nunextended = "default"\n'
+        for index, (name, ports) in enumerate({"high": "101-200", "low": "1-99", "middle": "100"}.items())
+    )
+    with decider(tmp_path, f'[pools.p]\nprefixes = ["10.64.0.0/30"]\n{services}') as plan:
+        found = {port: plan.decide(syn(f"203.0.113.10:{port}")).service for port in (1, 99, 100, 101, 200, 201)}
+    assert found == {1: "low", 99: "low", 100: "middle", 101: "high", 200: "high", 201: ""}
