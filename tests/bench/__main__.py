@@ -1,0 +1,48 @@
+"""`make bench [ONLY=name]`: every scenario in turn, or one. Each ends with one line `bench: {...}`.
+
+Everything happens in network namespaces, which are removed at the end, also when interrupted. Needs root.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from tests.bench.scenario import line
+
+
+def scenarios() -> list[str]:
+    """The names that ONLY= takes: one for each file bench_NAME.py."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def _interrupted(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in scenarios()]
+    if unknown:
+        print(f"bench: there is no scenario {unknown[0]}; there are: {', '.join(scenarios())}", file=sys.stderr)
+        return 2
+    if os.geteuid():
+        print("bench: root is needed, for network namespaces: make bench asks for it by itself", file=sys.stderr)
+        return 2
+    console = Console()
+    for name in names or scenarios():
+        console.rule(f"bench {name}")
+        result = importlib.import_module(f"tests.bench.bench_{name}").run(console)
+        print(line(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    for signal_number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(signal_number, _interrupted)
+    sys.exit(main(sys.argv[1:]))
