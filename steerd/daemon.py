@@ -202,7 +202,7 @@ class Daemon:
     async def _keep_table(self) -> None:
         """Put the table back if somebody flushed it, its elements if somebody deleted them; know wildcard listeners."""
         nftables = Nftables()
-        untranslated = ruleset.counters().get("untranslated", 0)
+        untranslated = nftables.counters().get("untranslated", 0)
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             try:
@@ -211,7 +211,7 @@ class Daemon:
                     await asyncio.to_thread(self._load_table)
                     self._counters.next_generation()
                     self._wildcard_ports = set()
-                counted = ruleset.counters().get("untranslated", 0)
+                counted = nftables.counters().get("untranslated", 0)
                 if counted > untranslated:
                     self._log.warning(
                         "packets were dropped since their target was missing in the kernel's maps; workers load"
@@ -264,6 +264,10 @@ class Daemon:
             except SteerdError as error:
                 self._log.error("not reloaded; the running configuration stays", why=str(error))
 
+    def _publish(self, config: Config) -> None:
+        self._registry.publish(config)
+        self._counters.next_generation()
+
     def _apply(self, new: Config) -> None:
         """Put a new configuration in force: what it adds first, what it takes away last."""
         fixed = (
@@ -281,9 +285,12 @@ class Daemon:
                 raise SteerdError(f"{new.file}: gateway.{key} changed, which needs a restart of the daemon")
         old_pools = {f"old {name}": pool for name, pool in self._config.pools.items()}
         aliases.reconcile([*new.pools.values(), *old_pools.values()])
-        self._registry.publish(new)
-        self._counters.next_generation()
-        ruleset.load(settings_of(new), contents_of(new), empty_targets=False)
+        try:
+            self._publish(new)
+            ruleset.load(settings_of(new), contents_of(new), empty_targets=False)
+        except SteerdError:
+            self._publish(self._config)
+            raise
         self._config = new
         aliases.reconcile(list(new.pools.values()))
         self._log.info("reloaded", file=str(new.file), services=len(new.services))

@@ -22,7 +22,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def status(file: ConfigFile = DEFAULT_CONFIG) -> None:
     """What the workers decided, what the kernel's table counted, and how the queues stand."""
     from steerd import daemon
-    from steerd.kernel import queue, ruleset
+    from steerd.kernel import queue
+    from steerd.kernel.nftables import Nftables
 
     gateway = configuration.load(file).gateway
     counters = Counters.open(Path(gateway.run_dir) / "counters")
@@ -37,7 +38,7 @@ def status(file: ConfigFile = DEFAULT_CONFIG) -> None:
     console.print(decisions)
 
     kernel = Table("counter", "packets", title="table inet steerd")
-    for name, packets in sorted(ruleset.counters().items()):
+    for name, packets in sorted(Nftables().counters().items()):
         kernel.add_row(name, f"{packets:,}")
     console.print(kernel)
 

@@ -14,7 +14,7 @@ NO_DECISION = 0
 RESET_ID = 1
 """Answer with a TCP reset."""
 STALE_ID = 2
-"""The id belongs to a configuration that is gone; the packet must not reach anybody."""
+"""Decided, but conntrack still translates this 4-tuple to another target (set by the table, never by a worker)."""
 FIRST_TARGET_ID = 16
 """Ids from here on are targets; those between are kept for answers yet to come."""
 

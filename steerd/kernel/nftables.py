@@ -21,21 +21,25 @@ _NETLINK_NETFILTER = 12
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _SUBSYS_NFTABLES = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_GETTABLE, _NEWSETELEM = 1, 12
-_NLMSG_ERROR = 2
-_REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
+_GETTABLE, _NEWSETELEM, _GETOBJ = 1, 12, 19
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
 _NESTED = 0x8000
 _TABLE_NAME = 1
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS = 1, 2, 3
 _LIST_ELEMENT = 1
 _ELEMENT_KEY, _ELEMENT_DATA = 1, 2
 _DATA_VALUE = 1
+_OBJECT_TABLE, _OBJECT_NAME, _OBJECT_TYPE, _OBJECT_DATA = 1, 2, 3, 4
+_COUNTER_TYPE = b"\0\0\0\1"
+_COUNTER_PACKETS = 2
 
 # The kernel answers inside the send call; only a lost answer (no memory for it) could make a reader wait for ever.
 _ANSWER_SECONDS = 2.0
 
 _HEADER = struct.Struct("=IHHII")
 _GENERIC = struct.Struct("!BBH")
+_ATTRIBUTE = struct.Struct("=HH")
 
 
 class Element(NamedTuple):
@@ -51,7 +55,7 @@ class Element(NamedTuple):
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)
+    return _ATTRIBUTE.pack(len(value) + _ATTRIBUTE.size, kind) + value + b"\0" * (-len(value) % 4)
 
 
 def _message(kind: int, flags: int, sequence: int, family: int, resource: int, attributes: bytes) -> bytes:
@@ -67,6 +71,26 @@ def _element(element: Element) -> bytes:
         _ELEMENTS | _NESTED,
         _attribute(_LIST_ELEMENT | _NESTED, parts),
     )
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes that stand one behind the other in `data`, by kind."""
+    found = {}
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        found[kind & ~_NESTED] = data[offset + _ATTRIBUTE.size : offset + length]
+        offset += (max(length, _ATTRIBUTE.size) + 3) & ~3
+    return found
+
+
+class _Answer(NamedTuple):
+    """One message of the kernel's: errno 0 for an acknowledgement or an object."""
+
+    sequence: int
+    kind: int
+    error: int
+    body: bytes
 
 
 class Nftables:
@@ -104,13 +128,12 @@ class Nftables:
         awaited = set(range(first, first + len(elements)))
         names = ", ".join(sorted({element.name for element in elements}))
         while awaited:
-            for sequence, error in self._answers(f"took no element for {names}"):
-                awaited.discard(sequence)
-                if error:
+            for answer in self._answers(f"took no element for {names}"):
+                awaited.discard(answer.sequence)
+                if answer.error:
                     # The batch is void as a whole. What is left of its answers is skipped by its sequence numbers.
-                    raise KernelError(
-                        f"nf_tables took no element for {names} of table inet {TABLE}: {os.strerror(error)}"
-                    )
+                    why = os.strerror(answer.error)
+                    raise KernelError(f"nf_tables took no element for {names} of table inet {TABLE}: {why}")
 
     def table_exists(self) -> bool:
         """Whether the table `inet steerd` is there; raises KernelError on any other answer than yes or no."""
@@ -118,15 +141,36 @@ class Nftables:
         sequence = self._next()
         self._socket.send(_message(_SUBSYS_NFTABLES << 8 | _GETTABLE, _REQUEST, sequence, _NFPROTO_INET, 0, attributes))
         while True:
-            for answered, error in self._answers("does not say whether it exists"):
-                if answered != sequence:
+            for answer in self._answers("does not say whether it exists"):
+                if answer.sequence != sequence:
                     continue
-                if error in (0, errno.ENOENT):
-                    return error == 0
-                raise KernelError(f"nf_tables does not say whether table inet {TABLE} exists: {os.strerror(error)}")
+                if answer.error in (0, errno.ENOENT):
+                    return answer.error == 0
+                why = os.strerror(answer.error)
+                raise KernelError(f"nf_tables does not say whether table inet {TABLE} exists: {why}")
 
-    def _answers(self, doing: str) -> list[tuple[int, int]]:
-        """(sequence, errno) of each message in the next datagram; errno 0 for an acknowledgement or an object."""
+    def counters(self) -> dict[str, int]:
+        """Packets counted by each named counter of the table; {} if the table is not there.
+
+        `nft list counters` would read every element of every set on the way: seconds, with 70,000 targets.
+        """
+        attributes = _attribute(_OBJECT_TABLE, TABLE.encode() + b"\0") + _attribute(_OBJECT_TYPE, _COUNTER_TYPE)
+        sequence = self._next()
+        kind = _SUBSYS_NFTABLES << 8 | _GETOBJ
+        self._socket.send(_message(kind, _REQUEST | _DUMP, sequence, _NFPROTO_INET, 0, attributes))
+        found: dict[str, int] = {}
+        while True:
+            for answer in self._answers("does not list the counters"):
+                if answer.sequence != sequence:
+                    continue
+                if answer.kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                    return found
+                fields = _attributes(answer.body[_GENERIC.size :])
+                packets = _attributes(fields[_OBJECT_DATA])[_COUNTER_PACKETS]
+                found[fields[_OBJECT_NAME].rstrip(b"\0").decode()] = int.from_bytes(packets, "big")
+
+    def _answers(self, doing: str) -> list[_Answer]:
+        """The messages of the next datagram; `doing` is for the error if none comes."""
         try:
             data = self._socket.recv(65536)
         except TimeoutError:
@@ -135,7 +179,8 @@ class Nftables:
         offset = 0
         while offset + _HEADER.size <= len(data):
             length, kind, _flags, sequence, _port = _HEADER.unpack_from(data, offset)
-            is_error = kind == _NLMSG_ERROR
-            answers.append((sequence, -struct.unpack_from("=i", data, offset + _HEADER.size)[0] if is_error else 0))
+            body = data[offset + _HEADER.size : offset + length]
+            error = -struct.unpack_from("=i", body)[0] if kind == _NLMSG_ERROR else 0
+            answers.append(_Answer(sequence, kind, error, body))
             offset += (length + 3) & ~3
         return answers

@@ -9,7 +9,6 @@ the two it is, is found out by asking the kernel, and nobody need know.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -231,15 +230,6 @@ def remove() -> None:
     # `destroy` would say it in one word, but needs nft 1.0.7.
     _nft(f"add table inet {TABLE}\ndelete table inet {TABLE}\n")
     _remove_fallback()
-
-
-def counters() -> dict[str, int]:
-    """Packets counted by each named counter of the table; {} if the table is not there."""
-    done = _run(["nft", "-j", "list", "counters", "table", "inet", TABLE])
-    if done.failed:
-        return {}
-    objects = json.loads(done.output)["nftables"]
-    return {o["counter"]["name"]: o["counter"]["packets"] for o in objects if "counter" in o}
 
 
 def _install_fallback(settings: Settings) -> None:
