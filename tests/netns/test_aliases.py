@@ -55,8 +55,12 @@ def answers(address: str) -> bool:
 
 
 def leftovers(host: Host) -> str:
-    return host.sh("ip -br link show group 21332; ip -br link show group 21333; ip route show table local proto 83;"
-                   "ip -6 route show table local proto 83; ip -o addr show | grep -E '10\\.77\\.|fd77:' || true")  # fmt: skip
+    """What of ours is there: devices, routes, addresses."""
+    return host.sh(
+        "ip -br link show group 21332; ip -br link show group 21333;"
+        "ip route show table local proto 83; ip -6 route show table local proto 83;"
+        "ip -o addr show | grep -E '10\\.77\\.|fd77:' || true"
+    )
 
 
 def test_two_thousand_in_both_families(host: Host) -> None:
@@ -161,7 +165,8 @@ def test_anyip_and_switching_modes(host: Host) -> None:
     assert leftovers(host) == ""
 
 
-def test_a_single_address_changes_its_mode_in_place(host: Host) -> None:
+@pytest.mark.usefixtures("host")
+def test_a_single_address_changes_its_mode_in_place() -> None:
     """The kernel's own route to the address equals the one that is wanted: ours must be there when that one goes."""
     prefixes = ("10.77.0.9/32", "fd77::9/128")
     reconcile([pool(None, "addresses", *prefixes)])
@@ -195,7 +200,7 @@ def test_every_kind_of_device_that_the_kernel_has_will_do(host: Host) -> None:
 def test_a_device_that_vanishes_in_the_middle(host: Host) -> None:
     pools = [pool(2000, "addresses", "10.77.0.0/16")]
 
-    def pull_the_rug(done: int, total: int) -> None:
+    def pull_the_rug(done: int, _: int) -> None:
         if done == 1024:
             host.sh("ip link del steer5")
 
@@ -249,7 +254,8 @@ def test_others_change_addresses_meanwhile(host: Host) -> None:
     assert missing([pool(3000, "addresses", "10.77.0.0/16")]) == 0
 
 
-def test_progress_begins_at_nothing_and_ends_at_everything(host: Host) -> None:
+@pytest.mark.usefixtures("host")
+def test_progress_begins_at_nothing_and_ends_at_everything() -> None:
     for pools, total in (([pool(1500)], 3000), ([pool(700)], 1600), ([], 1400)):
         seen: list[tuple[int, int]] = []
         reconcile(pools, lambda done, total, seen=seen: seen.append((done, total)))  # type: ignore[misc]
@@ -289,7 +295,8 @@ def test_the_watcher_fires_for_removals_of_ours_only(host: Host) -> None:
         assert watcher.read()
 
 
-def test_lost_notifications_count_as_a_removal(host: Host) -> None:
+@pytest.mark.usefixtures("host")
+def test_lost_notifications_count_as_a_removal() -> None:
     pools = [pool(4096, "addresses", "10.77.0.0/16")]
     reconcile(pools)
     with closing(Watcher()) as watcher:
@@ -301,7 +308,7 @@ def test_lost_notifications_count_as_a_removal(host: Host) -> None:
 def test_all_of_ipv4s_sixty_five_thousand(host: Host) -> None:
     pools = [pool(None, "addresses", "10.77.0.0/16")]
     seen: list[int] = []
-    assert counts(reconcile(pools, lambda done, total: seen.append(done))) == (65536, 0, 0, 0)
+    assert counts(reconcile(pools, lambda done, _: seen.append(done))) == (65536, 0, 0, 0)
     assert len(seen) > 100
     assert not reconcile(pools)
     for address in ("10.77.0.0", "10.77.128.1", "10.77.255.255"):
