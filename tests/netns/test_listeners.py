@@ -44,12 +44,14 @@ def sockets(new_host: Callable[[str], Host]) -> Iterator[list[socket.socket]]:
         ]
 
 
-def test_wildcard_ports_are_told_from_others(sockets: list[socket.socket]) -> None:
+@pytest.mark.usefixtures("sockets")
+def test_wildcard_ports_are_told_from_others() -> None:
     assert wildcard_ports(TCP) == {(4, 1001), (6, 1003), (4, 1003), (6, 1004), (4, 1006)}
     assert wildcard_ports(UDP) == {(4, 1008), (4, 1009), (6, 1009)}
 
 
-def test_all_listeners(sockets: list[socket.socket]) -> None:
+@pytest.mark.usefixtures("sockets")
+def test_all_listeners() -> None:
     any4, any6, one6 = bytes(4), bytes(16), socket.inet_pton(socket.AF_INET6, "::1")
     assert all_listeners(TCP) == {
         (any4, 1001),
