@@ -29,7 +29,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	shellcheck nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/fetch-kernel
+	shellcheck -x nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/fetch-kernel tests/vm/guest-setup
 
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit tests/property
@@ -38,7 +38,7 @@ netns: setup
 	$(AS_ROOT) $(PYTHON) -m pytest -q tests/netns
 
 test-vm: setup
-	$(AS_ROOT) tests/vm/pytest $(if $(KERNEL),-k $(KERNEL))
+	$(AS_ROOT) $(if $(KERNEL),KERNEL=$(KERNEL)) tests/vm/pytest
 
 bench: setup
 	@$(AS_ROOT) $(PYTHON) -m tests.bench $(ONLY)

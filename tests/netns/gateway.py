@@ -10,6 +10,7 @@ The client has a few more addresses, for tests of many sources: 198.51.100.2 .. 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -32,6 +33,8 @@ CLIENT4 = "198.51.100.1"
 CLIENT6 = "2001:db8:1::1"
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = portext.Numbers()
+# Under emulation (tests/vm) everything takes so many times longer.
+SLOWER = 20 if "STEERD_VM_KERNEL" in os.environ else 1
 
 
 class Gateway:
@@ -78,14 +81,14 @@ class Gateway:
         """SIGTERM, and wait."""
         assert self.daemon is not None
         self.daemon.send_signal(signal.SIGTERM)
-        assert self.daemon.wait(30) == 0, self.log.read_text()
+        assert self.daemon.wait(30 * SLOWER) == 0, self.log.read_text()
         self.daemon = None
 
     def kill(self) -> None:
         """SIGKILL to the main process; the workers follow it."""
         assert self.daemon is not None
         self.daemon.kill()
-        self.daemon.wait(30)
+        self.daemon.wait(30 * SLOWER)
         self.daemon = None
 
     def events(self) -> list[dict[str, Any]]:
@@ -97,7 +100,7 @@ class Gateway:
         return sum(event["event"] == name for event in self.events())
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * SLOWER
         while not condition():
             alive = self.daemon is None or self.daemon.poll() is None
             log = self.log.read_text() if self.log.exists() else ""
@@ -136,7 +139,7 @@ class Gateway:
         """A client's socket that will carry an extension in the IP header, not yet connected."""
         with self.client.entered():
             client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
-        client.settimeout(15)
+        client.settimeout(15 * SLOWER)
         if source:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             client.bind(source)
