@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import ipaddress
 import re
 import socket
@@ -80,6 +81,8 @@ _RT_TABLE_LOCAL, _RTN_LOCAL, _RT_SCOPE_HOST, _RTPROT_KERNEL = 255, 2, 254, 2
 _RTEXT_FILTER_SKIP_STATS = 8
 _IN6_ADDR_GEN_MODE_NONE = 1
 _IFNAMSIZ = 16
+_AT_IFINDEX = 16 + 4
+"""Where the interface index stands in a message that carries struct ifinfomsg or struct ifaddrmsg."""
 _NUMBER = struct.Struct("=I")
 _SO_ATTACH_FILTER = 26
 _RTMGRP_LINK, _RTMGRP_ADDRESSES, _RTMGRP_ROUTES = 0x1, 0x10 | 0x100, 0x40 | 0x400
@@ -329,7 +332,7 @@ def _each_device(netlink: Rtnetlink, template: bytes, indices: Sequence[int]) ->
     refused = {}
     for start in range(0, len(indices), BATCH):
         part = indices[start : start + BATCH]
-        answers = netlink.batch(template, {20: [_NUMBER.pack(index) for index in part]})
+        answers = netlink.batch(template, {_AT_IFINDEX: [_NUMBER.pack(index) for index in part]})
         refused.update({part[row]: number for row, number in answers.items()})
     return refused
 
@@ -411,12 +414,12 @@ def _drop_devices(netlink: Rtnetlink, plan: AddressPlan, links: Iterable[_Link],
 # Addresses.
 
 
-def _address_template(index: int, width: int, kind: int, flags: int) -> tuple[bytes, tuple[int, ...]]:
-    """A message for /32 or /128 addresses of one device, and the offsets at which the address stands."""
+@functools.cache
+def _address_template(width: int, kind: int, flags: int) -> tuple[bytes, tuple[int, ...]]:
+    """A message for /32 or /128 addresses of device 0, and the offsets at which the address stands."""
     message = ifaddrmsg()
     message["family"] = socket.AF_INET if width == 4 else socket.AF_INET6
     message["prefixlen"] = width * 8
-    message["index"] = index
     marker = b"\xfe" * width
     text = socket.inet_ntop(message["family"], marker)
     names = ("IFA_LOCAL", "IFA_ADDRESS") if width == 4 else ("IFA_ADDRESS",)
@@ -431,13 +434,14 @@ def _address_template(index: int, width: int, kind: int, flags: int) -> tuple[by
 
 
 def _change_addresses(
-    netlink: Rtnetlink, index: int, addresses: Sequence[bytes], kind: int, flags: int
+    netlink: Rtnetlink, ifindex: int, addresses: Sequence[bytes], kind: int, flags: int
 ) -> Iterator[tuple[Sequence[bytes], dict[int, int]]]:
     """Send one message for each address (all of one family); yields every batch with its refusals."""
-    template, offsets = _address_template(index, len(addresses[0]), kind, flags)
+    template, offsets = _address_template(len(addresses[0]), kind, flags)
+    of_device = template[:_AT_IFINDEX] + _NUMBER.pack(ifindex) + template[_AT_IFINDEX + 4 :]
     for start in range(0, len(addresses), BATCH):
         part = addresses[start : start + BATCH]
-        yield part, netlink.batch(template, dict.fromkeys(offsets, part))
+        yield part, netlink.batch(of_device, dict.fromkeys(offsets, part))
 
 
 def _add_addresses(netlink: Rtnetlink, plan: AddressPlan, tally: _Tally) -> int:
