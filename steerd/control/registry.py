@@ -206,12 +206,12 @@ class Reader:
         path = _path(state_dir)
         try:
             self._env = lmdb.open(str(path), readonly=True, map_size=_MAP_SIZE, max_dbs=8, max_readers=_MAX_READERS)
+            self._targets = self._env.open_db(b"targets", create=False)
+            self._routes = self._env.open_db(b"routes", create=False)
+            self._plan = self._env.open_db(b"plan", create=False)
+            self._txn = self._env.begin()
         except lmdb.Error as error:
             raise RegistryError(f"the registry in {path} cannot be read: {error}") from error
-        self._targets = self._env.open_db(b"targets", create=False)
-        self._routes = self._env.open_db(b"routes", create=False)
-        self._plan = self._env.open_db(b"plan", create=False)
-        self._txn = self._env.begin()
 
     def refresh(self) -> Plan:
         """See what is in force now, and return its plan; raises RegistryError if nothing was ever published."""
