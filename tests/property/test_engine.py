@@ -41,7 +41,7 @@ def published(text: str) -> Iterator[tuple[Config, Plan, Reader]]:
             reader.close()
 
 
-# Blocks of addresses far enough apart that no two prefixes overlap: number -> a prefix of its own /16 or /48.
+# Blocks of addresses far enough apart that no two prefixes overlap: number -> a prefix of its own /16 or /32.
 prefix_lists = st.lists(
     st.tuples(st.sampled_from([4, 6]), st.integers(0, 9)), min_size=1, max_size=6
 ).map(
