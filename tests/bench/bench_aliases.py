@@ -3,7 +3,8 @@
     [ one namespace a measurement ]  lo, steer0 .. steerN   or   lo, one bridge
 
 Left out, since each takes minutes: `ip -batch` with 65,536 addresses (the kernel walks the device's list for each), or
-with 10,000 of IPv6 (each also walks the routing tree; 54 s to add and 70 s to remove, once measured), and 65,536 IPv6 aliases as addresses (it walks all IPv6 addresses of the namespace for each, whatever the device; see
+with 10,000 of IPv6 (each also walks the routing tree: 54 s to add and 70 s to remove, once measured), and 65,536 IPv6
+aliases as addresses (the kernel walks all IPv6 addresses of the namespace for each, whatever the device; see
 steerd/kernel/aliases.py). What a pool of that size takes in mode `anyip` is measured instead.
 """
 
