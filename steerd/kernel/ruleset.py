@@ -9,11 +9,14 @@ the two it is, is found out by asking the kernel, and nobody need know.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +24,7 @@ from steerd.core.marks import RESET_ID, STALE_ID, MarkLayout
 from steerd.core.pools import Pool
 from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE, Element
-from steerd.model import Endpoint, Target
+from steerd.model import Endpoint, IPNetwork, Target
 
 FALLBACK_CHAIN = "STEERD"
 # Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
@@ -158,14 +161,33 @@ def _ports(endpoint: Endpoint) -> str:
 
 
 def _wildcards(contents: Contents, version: int) -> Iterable[str]:
-    seen = set()
+    """Elements for every port of every target, none of which overlaps another: the kernel refuses those that do."""
+    pools: dict[IPNetwork, set[int]] = defaultdict(set)
+    targets: dict[IPNetwork, set[int]] = defaultdict(set)
     for target, port in contents.wildcard:
-        ports = str(port) if port else "0-65535"
         if isinstance(target, Pool):
-            seen |= {f"{prefix} . {ports}" for prefix in target.prefixes if prefix.version == version}
-        elif target.address.version == version:
-            seen.add(f"{target.address} . {ports}")
-    return sorted(seen)
+            for prefix in target.prefixes:
+                pools[prefix].add(port)
+        else:
+            targets[ipaddress.ip_network(target.address)].add(port)
+    for prefix, ports in pools.items():
+        if prefix.version == version:
+            yield from (f"{prefix} . {free}" for free in _port_ranges(ports, set()))
+    for host, ports in targets.items():
+        if host.version == version:
+            address = host.network_address
+            taken = set().union(*(pools[pool] for pool in pools if pool.version == version and address in pool))
+            yield from (f"{address} . {free}" for free in _port_ranges(ports, taken))
+
+
+def _port_ranges(wanted: set[int], taken: set[int]) -> list[str]:
+    """The wanted ports without those that are taken; 0 in either stands for all."""
+    if 0 in taken:
+        return []
+    if 0 not in wanted:
+        return [str(port) for port in sorted(wanted - taken)]
+    edges = [-1, *sorted(taken), 65536]
+    return [f"{before + 1}-{after - 1}" for before, after in pairwise(edges) if after - before > 1]
 
 
 def flush_targets() -> str:
