@@ -35,7 +35,8 @@ action=install low=8 high=31 queues=1 first_queue=21300 queueing=ask overrides=
 
 # integer NAME VALUE LOWEST HIGHEST: a whole number in a range, or the end.
 integer() {
-	case $2 in '' | *[!0-9]*) die "$1 must be a whole number, not '$2'" ;; esac
+	# The shell would take a number with a leading 0 for an octal one, and stumble over more digits than it can count.
+	case $2 in '' | *[!0-9]* | 0?* | ???????????*) die "$1 must be a whole number, not '$2'" ;; esac
 	{ [ "$2" -ge "$3" ] && [ "$2" -le "$4" ]; } || die "$1 must be $3 to $4, not $2"
 }
 
@@ -50,9 +51,10 @@ while [ $# -gt 0 ]; do
 		--queues) queues=$2 ;;
 		--first-queue) first_queue=$2 ;;
 		--set)
-			grep -q "^#! __${2%%=*}__ *[0-9][0-9]* " "$template" || die "steerd.nft has no number called ${2%%=*}"
+			sed -n 's/^#! __\([A-Z0-9_]*\)__ *[0-9][0-9]* .*/\1/p' "$template" | grep -Fxq -e "${2%%=*}" ||
+				die "steerd.nft has no number called ${2%%=*}"
 			integer "${2%%=*}" "${2#*=}" 1 4294967295
-			overrides="$overrides $2"
+			overrides="$2 $overrides" # the last one wins: sed replaces what the first has left
 			;;
 		esac
 		shift
