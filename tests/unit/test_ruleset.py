@@ -1,0 +1,268 @@
+"""The table's text: one source, filled in alike by Python and by shell, and what the daemon puts into its sets."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import subprocess
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steerd import config
+from steerd.core.marks import MarkLayout
+from steerd.core.pools import Pool
+from steerd.daemon import contents_of, settings_of
+from steerd.errors import KernelError
+from steerd.kernel import ruleset
+from steerd.kernel.ruleset import Contents, Settings
+from steerd.model import TCP, Endpoint, Target
+
+TEMPLATE_PATH = ruleset.template_path()
+TEMPLATE = TEMPLATE_PATH.read_text()
+HEAD, _, BODY = TEMPLATE.partition("\ntable inet steerd {")
+SERVICE = """
+[pools.p]
+prefixes = ["10.64.0.0/24"]
+[services.s]
+endpoints = ["203.0.113.10:443/tcp"]
+default = "10.64.0.1:80"
+"""
+
+
+def settings_for(gateway: str = "") -> Settings:
+    return settings_of(config.parse(f"[gateway]\nworkers = 1\n{gateway}\n{SERVICE}", "steerd.toml"))
+
+
+def printed(*arguments: str) -> str:
+    """What `install.sh --print` says, which needs no root where it need not ask the kernel."""
+    command = ["sh", str(TEMPLATE_PATH.parent / "install.sh"), "--print", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("way", ["native", "fallback"])
+@pytest.mark.parametrize("queues", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", ["8-31", "0-31", "4-27", "12-31"])
+def test_shell_and_python_fill_the_table_in_alike(way: str, queues: int, bits: str) -> None:
+    settings = settings_for(f'mark_bits = "{bits}"\nfirst_queue = {40 + queues}')._replace(queues=queues)
+    rendered = ruleset.render(TEMPLATE, settings, native=way == "native")
+    options = ("--mark-bits", bits, "--queues", str(queues), "--first-queue", str(40 + queues))
+    assert printed(f"--{way}", *options) == rendered
+
+
+def test_shell_and_python_fill_the_numbers_in_alike() -> None:
+    numbers = {name: 1000 + 7 * place for place, name in enumerate(sorted(numeric_defaults()))}
+    fields: dict[str, Any] = {name.lower(): value for name, value in numbers.items()}
+    rendered = ruleset.render(TEMPLATE, settings_for()._replace(**fields), native=True)
+    options = [word for name, value in numbers.items() for word in ("--set", f"{name}={value}")]
+    assert printed("--native", *options) == rendered
+    for value in numbers.values():
+        assert re.search(rf"\b{value}\b", rendered)
+
+
+def test_the_last_set_wins() -> None:
+    assert printed("--native", "--set", "SOURCE_RATE=5", "--set", "SOURCE_RATE=6") == ruleset.render(
+        TEMPLATE, settings_for()._replace(source_rate=6), native=True
+    )
+
+
+# ---- the template ----
+
+
+def numeric_defaults() -> dict[str, int]:
+    """The numbers in the list on top, by name."""
+    return {name: int(value) for name, value in re.findall(r"^#! __([A-Z0-9_]+)__ +([0-9]+) ", HEAD, re.MULTILINE)}
+
+
+def test_defaults_are_those_of_the_configuration() -> None:
+    settings = settings_for()
+    assert {name.lower(): value for name, value in numeric_defaults().items()} == {
+        name: value
+        for name, value in settings._asdict().items()
+        if name not in ("mark", "first_queue", "queues")
+    }  # fmt: skip
+    masks = dict(re.findall(r"^#! __([A-Z0-9_]+)__ +(0x[0-9a-f]+) ", HEAD, re.MULTILINE))
+    assert settings.mark == MarkLayout(8, 31)
+    assert masks == {"MASK": "0xffffff00", "CLEAR": "0x000000ff", "RESET": "0x00000100", "STALE": "0x00000200"}
+    for name, value in masks.items():
+        assert f"__{name}__" not in printed("--native").partition("\ntable inet steerd {")[2]
+        assert value in printed("--native").partition("\ntable inet steerd {")[2]
+
+
+def test_the_list_on_top_names_every_placeholder_once_and_no_other() -> None:
+    listed = re.findall(r"^#! (__[A-Z0-9_]+__) ", HEAD, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(re.findall(r"__[A-Z0-9_]+__", BODY))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_no_placeholder_is_left_in_what_is_loaded(native: bool) -> None:
+    rendered = ruleset.render(TEMPLATE, settings_for(), native=native)
+    assert rendered.startswith(HEAD)
+    assert "__" not in rendered.removeprefix(HEAD)
+
+
+def test_an_unknown_placeholder_is_refused() -> None:
+    with pytest.raises(
+        KernelError, match=r"^steerd\.nft has a placeholder __NEW_ONE__ that this version of steerd does not know$"
+    ):
+        ruleset.render(TEMPLATE.replace("__TOTAL_RATE__", "__NEW_ONE__"), settings_for(), native=True)
+
+
+def chains() -> dict[str, str]:
+    """Chains as they are declared (before they are filled), by name."""
+    declarations = BODY.partition("\nflush chain")[0]
+    return dict(re.findall(r"^\tchain (\w+) \{\n(.*?)^\t\}", declarations, re.MULTILINE | re.DOTALL))
+
+
+def test_every_chain_has_a_comment() -> None:
+    assert len(chains()) > 5
+    for name, text in chains().items():
+        assert re.search(r'^\t\tcomment "[^"]{10,}"$', text, re.MULTILINE), name
+
+
+def test_a_load_empties_and_fills_every_chain_but_the_operators() -> None:
+    flushed = re.findall(r"^flush chain inet steerd (\w+)$", BODY, re.MULTILINE)
+    assert sorted(flushed) == sorted(chains().keys() - {"admit"})
+    rules = BODY.rpartition("\nflush chain")[2]
+    assert sorted(re.findall(r"^\tchain (\w+) \{$", rules, re.MULTILINE)) == sorted(flushed)
+    assert not re.search(r"^(?:delete|destroy|reset|flush (?!chain))", BODY, re.MULTILINE)
+
+
+def test_every_packet_of_a_connection_meets_the_same_worker() -> None:
+    """The hash has a fixed seed and looks at the port: without the seed, each of several rules would have its own."""
+    for native in (True, False):
+        rendered = ruleset.render(TEMPLATE, settings_for()._replace(queues=3), native=native)
+        hashes = re.findall(r"jhash (.*?) mod (\d+) seed (\w+)", rendered)
+        assert set(hashes) == {("ip saddr . tcp sport", "3", "0x5354"), ("ip6 saddr . tcp sport", "3", "0x5354")}
+        assert len(hashes) == (2 if native else 6)
+
+
+def test_marks_of_waiting_packets_are_no_target_s() -> None:
+    """One mark for each worker, made of bits that are ours, with the flag that no decision has."""
+    for mark in (MarkLayout(8, 31), MarkLayout(0, 31), MarkLayout(4, 27)):
+        rendered = ruleset.render(TEMPLATE, settings_for()._replace(mark=mark, queues=4), native=False)
+        found = re.findall(r"meta mark set meta mark & (\w+) \| (\w+) accept", rendered)
+        waiting = sorted({int(value, 16) for _, value in found} - {mark.field(2)})
+        assert waiting == [mark.flag | number << mark.low for number in range(4)]
+        assert {int(kept, 16) for kept, _ in found} == {~mark.mask & 0xFFFFFFFF}
+
+
+# ---- the sets ----
+
+
+def endpoint(text: str, first: int, last: int | None = None) -> Endpoint:
+    return Endpoint(ipaddress.ip_address(text), first, last or first, TCP)
+
+
+SETS = ("endpoints", "early", "every_syn", "aliases", "wildcard")
+
+
+def commands(contents: Contents) -> list[str]:
+    text = ruleset.fill(contents)
+    assert text.endswith("\n")
+    return text.splitlines()
+
+
+def test_filling_with_nothing_empties_every_set() -> None:
+    assert commands(Contents((), (), (), (), ())) == [
+        f"flush set inet steerd {name}{version}" for version in (4, 6) for name in SETS
+    ]
+
+
+def test_filling_with_ranges_and_both_families() -> None:
+    one, many = endpoint("203.0.113.10", 443), endpoint("203.0.113.10", 8000, 8999)
+    six = endpoint("2001:db8::10", 1, 65535)
+    pool = Pool("p", tuple(map(ipaddress.ip_network, ("10.64.0.0/16", "fd00:64::/112", "10.70.0.0/30"))))
+    alias, six_alias = (Target(ipaddress.ip_address(text), 0) for text in ("10.64.0.9", "fd00:64::9"))
+    contents = Contents(
+        endpoints=(one, many, six),
+        early=(one, six),
+        every_syn=(many,),
+        pools=(pool,),
+        wildcard=((alias, 80), (six_alias, 0), (pool, 90), (pool, 90)),
+    )
+    added = [line.removeprefix("add element inet steerd ") for line in commands(contents) if line.startswith("add")]
+    assert added == [
+        "endpoints4 { 203.0.113.10 . 6 . 443, 203.0.113.10 . 6 . 8000-8999 }",
+        "early4 { 203.0.113.10 . 443 }",
+        "every_syn4 { 203.0.113.10 . 8000-8999 }",
+        "aliases4 { 10.64.0.0/16, 10.70.0.0/30 }",
+        "wildcard4 { 10.64.0.0/16 . 90, 10.70.0.0/30 . 90, 10.64.0.9 . 80 }",
+        "endpoints6 { 2001:db8::10 . 6 . 1-65535 }",
+        "early6 { 2001:db8::10 . 1-65535 }",
+        "aliases6 { fd00:64::/112 }",
+        "wildcard6 { fd00:64::/112 . 90, fd00:64::9 . 0-89, fd00:64::9 . 91-65535 }",
+    ]
+
+
+A, B, OUTSIDE = (Target(ipaddress.ip_address(text), 0) for text in ("10.64.0.1", "10.64.0.2", "192.0.2.1"))
+POOL = Pool("p", tuple(map(ipaddress.ip_network, ("10.64.0.0/29", "10.64.0.8/32"))))
+
+
+@given(st.lists(st.tuples(st.sampled_from([POOL, A, B, OUTSIDE]), st.sampled_from([0, 1, 2, 80, 65535])), max_size=8))
+def test_wildcard_elements_say_what_was_meant_and_never_overlap(wildcard: list[tuple[Pool | Target, int]]) -> None:
+    """The kernel takes no overlapping elements, and the whole table with them."""
+    found: Counter[tuple[str, int]] = Counter()
+    ports = (0, 1, 2, 3, 79, 80, 81, 65534, 65535)
+    for line in commands(Contents((), (), (), (), tuple(wildcard))):
+        for element in re.findall(r"[{,] (\S+ \. [0-9-]+)", line):
+            prefix, _, text = element.partition(" . ")
+            first, _, last = text.partition("-")
+            hosts = map(str, ipaddress.ip_network(prefix))
+            found.update((host, p) for host in hosts for p in ports if int(first) <= p <= int(last or first))
+    meant = {
+        (str(host), p)
+        for target, port in wildcard
+        for network in (target.prefixes if isinstance(target, Pool) else [ipaddress.ip_network(target.address)])
+        for host in network
+        for p in ports
+        if port in (0, p)
+    }
+    assert found == Counter(meant)
+
+
+def test_every_set_is_emptied_before_it_is_filled() -> None:
+    pool = Pool("p", (ipaddress.ip_network("10.64.0.0/16"),))
+    lines = commands(Contents((endpoint("203.0.113.10", 1),), (), (), (pool,), ()))
+    for line in lines:
+        if line.startswith("add element"):
+            name = line.split()[4]
+            assert lines.index(f"flush set inet steerd {name}") < lines.index(line)
+
+
+def test_what_the_daemon_fills_in_are_sets_of_the_template() -> None:
+    made = config.parse(SERVICE, "steerd.toml")
+    names = {line.split()[4] for line in commands(contents_of(made))}
+    emptied = {line.split()[4] for line in ruleset.flush_targets().splitlines()}
+    declared = set(re.findall(r"^\t(?:set|map) (\w+) \{$", BODY, re.MULTILINE))
+    assert names | emptied <= declared
+    assert not names & emptied
+    elements = [
+        element.name
+        for text in ("10.64.0.1", "fd00:64::1")
+        for port in (0, 80)
+        for element in ruleset.target_elements(0x1000, Target(ipaddress.ip_address(text), port))
+    ]
+    assert set(elements) == emptied
+    assert len(elements) == len(emptied)
+
+
+@pytest.mark.parametrize(
+    ("gateway_service", "every"),
+    [
+        ('inspect = ["port-extension"]\nunextended = "pass"', False),
+        ('inspect = ["port-extension"]\nunextended = "default"', True),
+        ('inspect = ["port-extension"]\nunextended = "unmatched"', True),
+        ('inspect = ["http"]', True),
+    ],
+)
+def test_a_worker_sees_every_syn_unless_plain_ones_pass(gateway_service: str, every: bool) -> None:
+    contents = contents_of(config.parse(SERVICE + gateway_service, "steerd.toml"))
+    assert contents.endpoints == contents.early == (endpoint("203.0.113.10", 443),)
+    assert contents.every_syn == (contents.endpoints if every else ())
