@@ -73,11 +73,13 @@ class Counters:
         except FileNotFoundError:
             raise SteerdError(f"{path} does not exist: is steerd running?") from None
         try:
+            size = os.fstat(descriptor).st_size
             access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
-            counters = cls(path, mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=access))
+            # An empty file is one that `create` has made a moment ago, and mmap refuses it.
+            counters = cls(path, mmap.mmap(descriptor, size, access=access)) if size and size % 8 == 0 else None
         finally:
             os.close(descriptor)
-        if counters._words[0] != _MAGIC:
+        if counters is None or counters._words[0] != _MAGIC:
             raise SteerdError(f"{path} was written by another version of steerd: restart the daemon")
         return counters
 
