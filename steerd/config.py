@@ -42,9 +42,10 @@ PORT_EXTENSION = "port-extension"
 """The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
 PORT_EXTENSION_KEYS = ("portext.dst", "portext.src", "portext.port")
 
-MAX_REAL_ADDRESSES = 1 << 20
-"""The most aliases of a pool in mode `addresses`: the kernel keeps an address and a route for each, and reconciling
-reads them all."""
+MAX_REAL_ADDRESSES = {4: 1 << 20, 6: 1 << 14}
+"""The most aliases of all pools in mode `addresses`, by address family. The kernel keeps an address and a route for
+each, and reconciling reads them all. For each IPv6 address that is added it walks over all that are there
+(addrconf_verify_rtnl in net/ipv6/addrconf.c): 16,384 take two seconds, 65,536 minutes."""
 MIN_MARK_BITS = 20
 """The fewest mark bits to live on: the flag, and ids for half a million targets."""
 MAX_SERVICES = 65536
@@ -184,6 +185,7 @@ def parse(text: str, file: str) -> Config:
     endpoints = {name: _endpoints(name, service, reader) for name, service in raw.services.items()}
     _check_overlaps(prefixes, endpoints, reader)
     pools = {name: _pool(name, pool, prefixes[name], reader) for name, pool in raw.pools.items()}
+    _check_real_addresses(pools, reader)
     scene = _Scene(pools, endpoints, reader)
     services = [_service(name, raw.services[name], scene) for name in sorted(raw.services)]
     if len(services) > MAX_SERVICES:
@@ -673,14 +675,21 @@ def _pool(name: str, raw: _RawPool, prefixes: dict[str, IPNetwork], reader: _Rea
         held = sum(prefix.num_addresses for prefix in pool.prefixes if prefix.version == version)
         if raw.size is not None and 0 < held < raw.size:
             reader.problem(f"{path}.size", f"Is {raw.size}, but the IPv{version} prefixes hold {held} addresses.")
-    aliases = pool.alias_count(4) + pool.alias_count(6)
-    if raw.mode == "addresses" and aliases > MAX_REAL_ADDRESSES:
-        reader.problem(
-            f"{path}.mode",
-            f'Is "addresses" for {aliases} aliases, and at most {MAX_REAL_ADDRESSES} can be real addresses;'
-            ' set size, or mode = "anyip".',
-        )
     return pool
+
+
+def _check_real_addresses(pools: dict[str, Pool], reader: _Reader) -> None:
+    """Whether the pools in mode `addresses` have more aliases together than the kernel can bear."""
+    for version, most in MAX_REAL_ADDRESSES.items():
+        aliases = 0
+        for pool in pools.values():
+            before, aliases = aliases, aliases + (pool.alias_count(version) if pool.mode == "addresses" else 0)
+            if before <= most < aliases:
+                reader.problem(
+                    f"pools.{pool.name}.mode",
+                    f'Is "addresses", which makes {aliases} IPv{version} aliases so far; at most {most} can be real'
+                    ' addresses. Set size, or mode = "anyip".',
+                )
 
 
 def _endpoints(name: str, raw: _RawService, reader: _Reader) -> dict[str, Endpoint]:

@@ -437,13 +437,18 @@ MISTAKES: list[tuple[str, str]] = [
         "pools.p.size: Must be a whole number from 1 to 9223372036854775807, not 0.",
     ),
     (
-        pool("prefixes = ['10.64.0.0/16', 'fd00:64::/111']\nsize = 70000"),
+        pool("prefixes = ['10.64.0.0/16', 'fd00:64::/111']\nsize = 70000\nmode = 'anyip'"),
         "pools.p.size: Is 70000, but the IPv4 prefixes hold 65536 addresses.",
     ),
     (
         pool("prefixes = ['10.0.0.0/11']"),
-        'pools.p.mode: Is "addresses" for 2097152 aliases, and at most 1048576 can be real addresses; '
-        'set size, or mode = "anyip".',
+        'pools.p.mode: Is "addresses", which makes 2097152 IPv4 aliases so far; at most 1048576 can be real addresses. '
+        'Set size, or mode = "anyip".',
+    ),
+    (
+        "[pools.p]\nprefixes = ['fd00:64::/115']\n[pools.q]\nprefixes = ['fd00:65::/114']",
+        'pools.q.mode: Is "addresses", which makes 24576 IPv6 aliases so far; at most 16384 can be real addresses. '
+        'Set size, or mode = "anyip".',
     ),
     (
         "[pools.p]\nprefixes = ['10.64.0.0/16']\n[pools.q]\nprefixes = ['10.64.128.0/17']",
