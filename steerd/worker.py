@@ -88,12 +88,15 @@ class Worker:
 
     def _refresh(self) -> None:
         """Take up what the main process published, and forget what the kernel's maps were known to hold."""
-        self._generation = self._counters.generation
+        generation = self._counters.generation
         plan = self._reader.refresh()
         self._mark = MarkLayout(plan.mark_low, plan.mark_high)
         self._clear = ~self._mark.mask & 0xFFFFFFFF
         self._engine = Engine(plan, self._reader.route)
         self._loaded: set[int] = set()
+        # Last, so that every packet tries again until it has worked: probes of the old plan and routes of the new one
+        # would not be wrong for long, but wrong.
+        self._generation = generation
 
     def run(self) -> None:
         """Serve the queue for ever."""
