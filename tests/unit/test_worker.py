@@ -1,0 +1,369 @@
+"""A worker without a kernel: queue and nf_tables are stand-ins, registry, counters and engine are real."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import ipaddress
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import structlog
+
+from steerd import worker as worker_module
+from steerd.core.engine import Decision
+from steerd.core.marks import FIRST_TARGET_ID, RESET_ID, MarkLayout
+from steerd.errors import KernelError, RegistryError
+from steerd.kernel.nftables import Element
+from steerd.kernel.ruleset import target_elements
+from steerd.model import Extension, Reason, Target
+from steerd.telemetry.counters import Counters, Extra
+from steerd.wire import portext
+from steerd.worker import Worker, WorkerSettings
+
+MARK = MarkLayout(8, 27)
+THEIRS = 0xA000005A
+"""Bits of the mark that are not ours."""
+CONFIG = """
+[gateway]
+mark_bits = "8-27"
+[pools.p]
+prefixes = ["10.64.0.0/30"]
+[services.refusing]
+endpoints = ["203.0.113.10:443/tcp"]
+inspect = ["port-extension"]
+extension_pool = { pool = "p", by = "extension", port = 8080 }
+[services.passing]
+endpoints = ["203.0.113.10:22/tcp"]
+inspect = ["port-extension"]
+unextended = "pass"
+unmatched = "drop"
+extension_pool = { pool = "p", by = "extension", port = 22 }
+"""
+PUBLISH = """
+import sys
+from steerd import config
+from steerd.control.registry import Registry
+Registry(sys.argv[1]).publish(config.parse(sys.stdin.read(), "steerd.toml"))
+"""
+
+
+class Packet:
+    """A queued packet; says what was done with it."""
+
+    def __init__(self, payload: bytes, mark: int) -> None:
+        self._payload = payload
+        self.mark = mark
+        self.verdicts: list[str] = []
+
+    def get_payload(self) -> bytes:
+        return self._payload
+
+    def get_mark(self) -> int:
+        return self.mark
+
+    def set_mark(self, mark: int) -> None:
+        assert not self.verdicts, "a mark after the verdict is lost"
+        self.mark = mark
+
+    def accept(self) -> None:
+        self.verdicts.append("accept")
+
+    def drop(self) -> None:
+        self.verdicts.append("drop")
+
+
+class StandInNftables:
+    """Remembers what was inserted; refuses while `error` is set."""
+
+    def __init__(self) -> None:
+        self.inserted: list[Element] = []
+        self.error: Exception | None = None
+
+    def insert(self, elements: list[Element]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.inserted += elements
+
+
+class Lab:
+    """A worker, and everything around it."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, access_log: int = 0) -> None:
+        self.directory = directory
+        self.publish(CONFIG)
+        self.counters = Counters.create(directory / "counters", 1)
+        self.nftables = StandInNftables()
+        self._log = io.StringIO()
+        self._on_packet: Callable[[Packet], None]
+        monkeypatch.setattr(worker_module, "Nftables", lambda: self.nftables)
+        monkeypatch.setattr(worker_module, "Queue", self._bind)
+        self.bind_errors: list[Exception] = []
+        self.settings = WorkerSettings(
+            0, 100, 1000, 100000, str(directory), str(directory / "counters"), access_log, os.getpid()
+        )
+
+    def _bind(self, number: int, on_packet: Callable[[Packet], None], **options: object) -> object:
+        assert (number, options["length"], options["receive_buffer"]) == (100, 1000, 100000)
+        if self.bind_errors:
+            raise self.bind_errors.pop()
+        self._on_packet = on_packet
+        return object()
+
+    def start(self) -> None:
+        with contextlib.redirect_stderr(self._log):
+            self.worker = Worker(self.settings)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The worker's log."""
+        return [json.loads(line) for line in self._log.getvalue().splitlines()]
+
+    def publish(self, text: str) -> None:
+        """As the main process would, in another process: LMDB lets a process open an environment once."""
+        subprocess.run([sys.executable, "-c", PUBLISH, str(self.directory)], input=text, text=True, check=True)
+
+    def deliver(self, payload: bytes, mark: int = 0) -> Packet:
+        packet = Packet(payload, mark)
+        self._on_packet(packet)
+        assert len(packet.verdicts) == 1, "one packet, one verdict"
+        return packet
+
+    def outcome(self, payload: bytes, mark: int = 0) -> tuple[str, int]:
+        packet = self.deliver(payload, mark)
+        return packet.verdicts[0], packet.mark
+
+    def counted(self) -> dict[str, int]:
+        words = {word.name: self.counters.total(word) for kind in (Reason, Extra) for word in kind}
+        return {name: count for name, count in words.items() if count}
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """Ready, but for the worker itself."""
+    yield Lab(tmp_path, monkeypatch)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+@pytest.fixture
+def lab(stopped: Lab) -> Lab:
+    stopped.start()
+    return stopped
+
+
+def syn(extension: int | None, port: int = 443, *, options: bytes = b"") -> bytes:
+    """An IPv4 SYN to the endpoint, as it lies in the queue."""
+    if extension is not None:
+        options = portext.encode_ipv4(Extension(extension, 0), portext.Numbers())
+    tcp = struct.pack("!HHIIBBHHH", 40000, port, 1, 0, 0x50, 0x02, 64240, 0, 0)
+    src, dst = (ipaddress.ip_address(text).packed for text in ("198.51.100.1", "203.0.113.10"))
+    length = 20 + len(options) + len(tcp)
+    head = struct.pack("!BBHHHBBH4s4s", 0x45 + len(options) // 4, 0, length, 0, 0, 64, 6, 0, src, dst)
+    return head + options + tcp
+
+
+def elements(target_id: int, text: str) -> list[Element]:
+    host, _, port = text.rpartition(":")
+    return target_elements(MARK.field(target_id), Target(ipaddress.ip_address(host), int(port)))
+
+
+# Ids are given service by service, in the order of their names: passing first.
+PASSING, REFUSING = FIRST_TARGET_ID, FIRST_TARGET_ID + 4
+
+
+def test_a_decision_is_a_mark_and_other_bits_stay(lab: Lab) -> None:
+    assert lab.outcome(syn(2), THEIRS) == ("accept", THEIRS | MARK.field(REFUSING + 1))
+    # What was in our bits, such as the flag of the fall-back, is gone.
+    assert lab.outcome(syn(2), THEIRS | MARK.mask) == ("accept", THEIRS | MARK.field(REFUSING + 1))
+    assert lab.counted() == {"ARITHMETIC": 2, "LOADED": 1}
+
+
+def test_the_other_outcomes(lab: Lab) -> None:
+    assert lab.outcome(syn(None), THEIRS | MARK.flag) == ("accept", THEIRS | MARK.field(RESET_ID))
+    assert lab.outcome(syn(99), THEIRS) == ("accept", THEIRS | MARK.field(RESET_ID))
+    assert lab.outcome(syn(None, 22), THEIRS | MARK.flag) == ("accept", THEIRS)
+    assert lab.outcome(syn(99, 22), THEIRS) == ("drop", THEIRS)
+    assert lab.outcome(syn(1, 80), THEIRS) == ("drop", THEIRS)
+    assert lab.counted() == {"UNEXTENDED_UNMATCHED": 1, "UNMATCHED": 2, "UNEXTENDED_PASS": 1, "NO_ENDPOINT": 1}
+    assert lab.nftables.inserted == []
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\x45", b"rubbish" * 10, syn(1)[:-1], b"\x60" + bytes(59)],
+    ids=["empty", "one byte", "rubbish", "cut", "zeros"],
+)
+def test_what_cannot_be_read_is_dropped(lab: Lab, payload: bytes) -> None:
+    assert lab.outcome(payload, THEIRS) == ("drop", THEIRS)
+    assert lab.counted() == {"NOT_READABLE": 1}
+
+
+def test_a_malformed_extension_is_counted_beside_the_decision(lab: Lab) -> None:
+    lab.deliver(syn(None, options=bytes.fromhex("9e0a53540007000000000101")))
+    assert lab.counted() == {"UNEXTENDED_UNMATCHED": 1, "MALFORMED_EXTENSION": 1}
+
+
+# ---- targets ----
+
+
+def test_a_target_is_put_into_the_kernel_when_it_is_first_used(lab: Lab) -> None:
+    for extension in (1, 2, 1, 1, 2):
+        assert lab.deliver(syn(extension)).verdicts == ["accept"]
+    assert lab.nftables.inserted == elements(REFUSING, "10.64.0.0:8080") + elements(REFUSING + 1, "10.64.0.1:8080")
+    assert lab.counted() == {"ARITHMETIC": 5, "LOADED": 2}
+
+
+@pytest.mark.parametrize("error", [KernelError("nf_tables took no element"), OSError(105, "No buffer space")])
+def test_a_target_that_the_kernel_refuses_costs_the_packet_and_is_tried_again(lab: Lab, error: Exception) -> None:
+    lab.nftables.error = error
+    for _ in range(3):
+        assert lab.outcome(syn(1), THEIRS) == ("drop", THEIRS)
+    assert lab.counted() == {"NOT_LOADED": 3}
+    (event,) = lab.events()
+    assert (event["level"], event["event"], event["process"]) == ("error", "packet dropped", "worker-0")
+    assert str(error) in event["why"]
+    lab.nftables.error = None
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    assert lab.counted() == {"NOT_LOADED": 3, "ARITHMETIC": 1, "LOADED": 1}
+
+
+def test_a_target_that_the_registry_does_not_know_costs_the_packet(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab.worker._reader, "target", lambda _: None)
+    assert lab.outcome(syn(1)) == ("drop", 0)
+    assert lab.counted() == {"NOT_LOADED": 1}
+    assert f"target id {REFUSING} is in the plan, but not among the registry's targets" in lab.events()[0]["why"]
+
+
+# ---- faults ----
+
+
+def test_an_exception_costs_one_packet_and_is_logged_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = lab.worker._engine.decide_syn
+
+    def faulty(packet: Any) -> Decision:
+        if packet.dport == 22:
+            raise RuntimeError("a mistake in a parser")
+        if packet.dport == 80:
+            raise ZeroDivisionError("another one")
+        return decide(packet)
+
+    monkeypatch.setattr(lab.worker._engine, "decide_syn", faulty)
+    for _ in range(3):
+        assert lab.outcome(syn(1, 22), THEIRS) == ("drop", THEIRS)
+        assert lab.outcome(syn(1, 443)) == ("accept", MARK.field(REFUSING))
+    assert lab.outcome(syn(1, 80)) == ("drop", 0)
+    assert lab.counted() == {"FAULT": 4, "ARITHMETIC": 3, "LOADED": 1}
+    first, second = lab.events()
+    assert "RuntimeError: a mistake in a parser" in first["why"]
+    assert "test_worker.py" in first["why"], "the traceback says where"
+    assert "ZeroDivisionError: another one" in second["why"]
+
+
+def test_a_client_that_can_provoke_many_faults_does_not_fill_the_log(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(packet: Any) -> Decision:
+        raise ValueError(f"port {packet.dport}")
+
+    monkeypatch.setattr(lab.worker._engine, "decide_syn", faulty)
+    for port in range(1, 501):
+        assert lab.outcome(syn(1, port)) == ("drop", 0)
+    assert lab.counted() == {"FAULT": 500}
+    assert len(lab.events()) == 100
+
+
+# ---- a new generation ----
+
+
+def test_a_new_plan_is_taken_up_with_the_generation_and_targets_are_loaded_again(lab: Lab) -> None:
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    lab.publish(CONFIG.replace("port = 8080", "port = 9090").replace("8-27", "0-27"))
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    lab.nftables.inserted.clear()
+    lab.counters.next_generation()
+    wider = MarkLayout(0, 27)
+    new = REFUSING + 4
+    assert lab.outcome(syn(1), THEIRS) == ("accept", THEIRS & ~wider.mask | wider.field(new))
+    expected = target_elements(wider.field(new), Target(ipaddress.ip_address("10.64.0.0"), 9090))
+    assert lab.nftables.inserted == expected
+    assert lab.counted() == {"ARITHMETIC": 3, "LOADED": 2}
+
+
+def test_a_generation_without_a_new_plan_loads_targets_again(lab: Lab) -> None:
+    for _ in range(3):
+        lab.deliver(syn(1))
+        lab.deliver(syn(1))
+        lab.counters.next_generation()
+    assert lab.nftables.inserted == elements(REFUSING, "10.64.0.0:8080") * 3
+
+
+def test_a_plan_that_cannot_be_read_leaves_no_decision_to_the_old_one(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old probes against new routes could steer to the wrong daemon."""
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    refresh = lab.worker._reader.refresh
+
+    def unreadable() -> None:
+        raise RegistryError("the registry holds no plan")
+
+    monkeypatch.setattr(lab.worker._reader, "refresh", unreadable)
+    lab.counters.next_generation()
+    for _ in range(3):
+        assert lab.outcome(syn(1)) == ("drop", 0)
+    monkeypatch.setattr(lab.worker._reader, "refresh", refresh)
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    assert lab.counted() == {"ARITHMETIC": 2, "LOADED": 2, "FAULT": 3}
+    assert len(lab.events()) == 1
+
+
+# ---- the access log, and the start ----
+
+
+@pytest.mark.parametrize(("access_log", "logged"), [(0, []), (1, [1, 2, 3, 4, 1]), (2, [2, 4])])
+def test_one_of_so_many_decisions_is_logged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    access_log: int,
+    logged: list[int],
+) -> None:
+    lab = Lab(tmp_path, monkeypatch, access_log)
+    lab.start()
+    for extension in (1, 2, 3, 4, 1):
+        lab.deliver(syn(extension))
+    found = lab.events()
+    assert [int(event["keys"]["portext.dst"]) for event in found] == logged
+    for event in found:
+        assert event["event"] == "decision"
+        assert event["target"] == f"10.64.0.{int(event['keys']['portext.dst']) - 1}:8080"
+        assert (event["client"], event["endpoint"]) == ("198.51.100.1:40000", "203.0.113.10:443")
+        assert (event["service"], event["outcome"], event["reason"]) == ("refusing", "steer", "arithmetic")
+
+
+def test_a_queue_whose_owner_is_still_on_its_way_out_is_waited_for(stopped: Lab) -> None:
+    stopped.bind_errors = [KernelError("taken"), KernelError("taken")]
+    stopped.start()
+    assert stopped.bind_errors == []
+    assert stopped.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+
+
+def test_a_queue_that_stays_taken_is_given_up(stopped: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_BIND_SECONDS", 0.1)
+    stopped.bind_errors = [KernelError("NFQUEUE 100 cannot be bound")] * 100
+    with pytest.raises(KernelError, match=r"^NFQUEUE 100 cannot be bound$"):
+        stopped.start()
+    assert 1 < 100 - len(stopped.bind_errors) < 10
+
+
+def test_a_worker_whose_main_process_is_gone_ends_by_itself(lab: Lab) -> None:
+    """It asks for the signal first and looks then, so that no moment is left in between."""
+    argument = msgspec.json.encode(msgspec.structs.replace(lab.settings, main_pid=1)).decode()
+    command = [sys.executable, "-m", "steerd.worker", argument]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
