@@ -94,8 +94,8 @@ class Worker:
         self._clear = ~self._mark.mask & 0xFFFFFFFF
         self._engine = Engine(plan, self._reader.route)
         self._loaded: set[int] = set()
-        # Last, so that every packet tries again until it has worked: probes of the old plan and routes of the new one
-        # would not be wrong for long, but wrong.
+        # Last, so that after a failure every packet tries again: the old plan's probes, looked up among the new plan's
+        # routes, could lead to a wrong daemon.
         self._generation = generation
 
     def run(self) -> None:

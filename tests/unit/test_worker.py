@@ -18,7 +18,9 @@ import msgspec
 import pytest
 import structlog
 
+from steerd import config
 from steerd import worker as worker_module
+from steerd.control.registry import Registry
 from steerd.core.engine import Decision
 from steerd.core.marks import FIRST_TARGET_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, RegistryError
@@ -99,7 +101,9 @@ class Lab:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, access_log: int = 0) -> None:
         self.directory = directory
-        self.publish(CONFIG)
+        registry = Registry(str(directory))
+        registry.publish(config.parse(CONFIG, "steerd.toml"))
+        registry.close()
         self.counters = Counters.create(directory / "counters", 1)
         self.nftables = StandInNftables()
         self._log = io.StringIO()
@@ -127,7 +131,7 @@ class Lab:
         return [json.loads(line) for line in self._log.getvalue().splitlines()]
 
     def publish(self, text: str) -> None:
-        """As the main process would, in another process: LMDB lets a process open an environment once."""
+        """Another plan, from another process: LMDB lets a process open an environment once."""
         subprocess.run([sys.executable, "-c", PUBLISH, str(self.directory)], input=text, text=True, check=True)
 
     def deliver(self, payload: bytes, mark: int = 0) -> Packet:
