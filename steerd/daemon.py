@@ -25,7 +25,7 @@ from steerd import config as configuration
 from steerd.config import Config
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
-from steerd.kernel import aliases, listeners, ruleset
+from steerd.kernel import aliases, listeners, queue, ruleset
 from steerd.kernel.nftables import Nftables
 from steerd.model import Reason
 from steerd.telemetry import logs
@@ -33,6 +33,7 @@ from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
 
 _WATCH_SECONDS = 1.0
+_QUEUE_REPORT_SECONDS = 60.0
 # A worker that dies at once is started again after 0.1 s, then 0.2 s, ... 5 s; one that lived longer than this is
 # forgiven.
 _FIRST_BACK_OFF, _LONGEST_BACK_OFF, _FORGIVEN_SECONDS = 0.1, 5.0, 10.0
@@ -144,7 +145,7 @@ class Daemon:
         ready = [asyncio.Event() for _ in range(self._config.gateway.workers)]
         tasks = [asyncio.create_task(self._keep_worker(index, ready[index])) for index in range(len(ready))]
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
-        tasks += [asyncio.create_task(self._keep_reloading())]
+        tasks += [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch_queues())]
         announce = asyncio.create_task(self._announce(ready, started))
         stop = asyncio.create_task(self._stop.wait())
         # A task that ends by itself has failed in a way that nobody foresaw: say so, and end.
@@ -198,6 +199,20 @@ class Daemon:
             self._log.warning("worker died", worker=index, pid=process.pid, status=status, again_in_seconds=back_off)
             await asyncio.sleep(back_off)
             back_off = min(back_off * 2, _LONGEST_BACK_OFF)
+
+    async def _watch_queues(self) -> None:
+        """Say so when the kernel dropped packets because a worker did not keep up; once a minute at most."""
+        first = self._config.gateway.first_queue
+        reported = 0
+        while True:
+            states = queue.states()
+            ours = [states[n] for n in range(first, first + self._config.gateway.workers) if n in states]
+            dropped = sum(state.queue_dropped + state.user_dropped for state in ours)
+            if dropped > reported:
+                self._log.warning("queues overflowed; the clients will repeat", packets=dropped - reported)
+            # A worker that starts again binds its queue anew, and the kernel counts from zero.
+            reported = dropped
+            await asyncio.sleep(_QUEUE_REPORT_SECONDS)
 
     async def _keep_table(self) -> None:
         """Put the table back if somebody flushed it, its elements if somebody deleted them; know wildcard listeners."""

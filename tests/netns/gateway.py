@@ -33,6 +33,17 @@ CLIENT4 = "198.51.100.1"
 CLIENT6 = "2001:db8:1::1"
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = portext.Numbers()
+# What reaches the client though it belongs to nothing that the client began is a packet nobody asked for.
+UNASKED = """
+table inet unasked {
+    counter unasked { }
+    chain arriving {
+        type filter hook input priority 0
+        meta l4proto icmpv6 accept
+        iif != lo ct state new,invalid counter name unasked
+    }
+}
+"""
 # Under emulation (tests/vm) everything takes so many times longer.
 SLOWER = 20 if "STEERD_VM_KERNEL" in os.environ else 1
 
@@ -54,6 +65,8 @@ class Gateway:
             "ip addr add 198.51.100.254/24 dev eth0; ip -6 addr add 2001:db8:1::fe/64 dev eth0 nodad;"
             f"ip addr add {ENDPOINT4}/32 dev lo; ip -6 addr add {ENDPOINT6}/128 dev lo nodad"
         )
+        self.client.sh(f"nft -f - <<'RULES'\n{UNASKED}\nRULES")
+        self.allow_unasked = False
         self.directory = Path(tempfile.mkdtemp(prefix="steerd-test-"))
         self.config = self.directory / "steerd.toml"
         self.log = self.directory / "log"
@@ -186,6 +199,8 @@ class Gateway:
                 if event["level"] not in ("info", "debug") and event["event"] not in self.expected_warnings
             ]
             assert unexpected == []
+            unasked = self.client.sh("nft list counter inet unasked unasked")
+            assert self.allow_unasked or "packets 0 " in unasked, unasked
         finally:
             shutil.rmtree(self.directory)
 
