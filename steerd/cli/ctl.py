@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,8 +39,9 @@ def status(file: ConfigFile = DEFAULT_CONFIG) -> None:
     console.print(decisions)
 
     kernel = Table("counter", "packets", title="table inet steerd")
-    for name, packets in sorted(Nftables().counters().items()):
-        kernel.add_row(name, f"{packets:,}")
+    with contextlib.closing(Nftables()) as nftables:
+        for name, packets in sorted(nftables.counters().items()):
+            kernel.add_row(name, f"{packets:,}")
     console.print(kernel)
 
     queues = Table("queue", "owner", "waiting", "dropped: queue full", "dropped: socket full", title="queues")
@@ -68,8 +70,8 @@ def probe(
     """Send SYNs that carry a port extension, hop by hop, and say in words what came back. Needs root."""
     from steerd.cli import probe as probing
 
-    sys.exit(
-        probing.probe(
+    try:
+        status = probing.probe(
             host,
             port,
             extension=extension,
@@ -79,7 +81,11 @@ def probe(
             timeout=timeout,
             out=typer.echo,
         )
-    )
+    except SteerdError:
+        raise
+    except OSError as error:
+        raise SteerdError(f"{host} cannot be probed: {error.strerror}.") from error
+    sys.exit(status)
 
 
 def main() -> None:
