@@ -126,12 +126,16 @@ class Nftables:
         parts.append(_message(_BATCH_END, _REQUEST, self._next(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b""))
         self._socket.send(b"".join(parts))
         awaited = set(range(first, first + len(elements)))
+        # What concerns the batch as a whole (no right to it, a failed commit) is answered to its first message.
+        ours = awaited | {first - 1}
         names = ", ".join(sorted({element.name for element in elements}))
         while awaited:
             for answer in self._answers(f"took no element for {names}"):
+                # Of a batch that was refused only the first answer was read; the others are still to come.
+                if answer.sequence not in ours:
+                    continue
                 awaited.discard(answer.sequence)
                 if answer.error:
-                    # The batch is void as a whole. What is left of its answers is skipped by its sequence numbers.
                     why = os.strerror(answer.error)
                     raise KernelError(f"nf_tables took no element for {names} of table inet {TABLE}: {why}")
 
