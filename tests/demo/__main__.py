@@ -9,6 +9,7 @@ All of it in two network namespaces, which are removed at the end, also when int
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -38,6 +40,7 @@ ALIASES = DAEMONS + 1
 RESPONDERS = 5
 CLIENTS = 4
 ROOT = Path(__file__).resolve().parents[2]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CONFIG = f"""\
 [gateway]
@@ -79,21 +82,24 @@ class Demo:
         self.log = Path(self.directory.name) / "log"
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        for host in self.hosts:
-            host.close()
-        self.directory.cleanup()
+        with _uninterrupted():
+            for process in self.processes:
+                process.kill()
+                process.wait()
+            for host in self.hosts:
+                host.close()
+            self.directory.cleanup()
 
     def host(self, role: str) -> Host:
-        self.hosts.append(Host(role))
+        with _uninterrupted():  # else there could be a namespace that `close` does not know of
+            self.hosts.append(Host(role))
         return self.hosts[-1]
 
     def spawn(self, host: Host, *argv: str, stderr: IO[str] | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             host.command(sys.executable, *argv),
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            process_group=0,  # Ctrl-C is for the demo alone; else every program prints a traceback of its own
         )  # fmt: skip
         self.processes.append(process)
         return process
@@ -112,7 +118,8 @@ class Demo:
         with self.log.open("w") as log:
             process = self.spawn(gateway, "-m", "steerd.cli.main", "run", str(config), stderr=log)
         while True:
-            events = {event["event"]: event for event in map(json.loads, self.log.read_text().splitlines())}
+            lines = self.log.read_text().splitlines(keepends=True)
+            events = {event["event"]: event for event in map(json.loads, filter(_is_event, lines))}
             if "ready" in events:
                 return process, events
             if process.poll() is not None:
@@ -169,6 +176,11 @@ class Demo:
         return sum(r[1] for r in results), sum(r[2] for r in results), time.monotonic() - started
 
 
+def _is_event(line: str) -> bool:
+    """Whether a line of the log is an event that is written to its end, not a message of Python or half a line."""
+    return line.startswith("{") and line.endswith("}\n")
+
+
 def _alias(index: int) -> str:
     value = int.from_bytes(bytes(map(int, FIRST_ALIAS.split("."))), "big") + index
     return ".".join(map(str, value.to_bytes(4, "big")))
@@ -190,7 +202,7 @@ def run(console: Console) -> bool:
     demo = Demo(console)
     try:
         client, gateway = demo.topology()
-        console.print(f"steerd starts, with {ALIASES:,} aliases (one stands for TCP port 0, which nobody can use) ...")
+        console.print(f"steerd starts with {ALIASES:,} aliases (one for TCP port 0, which no one can use) ...")
         steerd, events = demo.start_steerd(gateway)
         console.print(f"{DAEMONS:,} daemons start, each with a listening socket on its own alias ...")
         demo.start_daemons(gateway)
@@ -214,11 +226,21 @@ def run(console: Console) -> bool:
     return reached == DAEMONS and wrong == 0
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and the like wait until the (short) block has ended. Programs that are started inside are deaf to them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _interrupted(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
-    for signal_number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for signal_number in INTERRUPTS:
         signal.signal(signal_number, _interrupted)
-    sys.exit(0 if run(Console()) else 1)
+    sys.exit(0 if run(Console(highlight=False)) else 1)
