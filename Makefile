@@ -4,8 +4,8 @@
 SHELL = /bin/bash
 PYTHON = .venv/bin/python
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
-# A root shell that keeps the caller's terminal and working directory.
-AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PATH="$$PATH"
+# As root, and leaving no files of root behind in the checkout (byte code, caches). An ordinary user's PATH has no sbin.
+AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH:/usr/sbin:/sbin"
 
 .PHONY: help setup demo test lint unit netns test-vm bench clean
 

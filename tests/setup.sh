@@ -22,13 +22,13 @@ done
 if [ ${#missing[@]} -gt 0 ]; then
 	echo "setup: installing with apt: ${missing[*]}"
 	log=$(mktemp)
+	trap 'rm -f "$log"' EXIT
 	if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y --no-install-recommends "${missing[@]}"; } </dev/null >"$log" 2>&1; then
 		tail -20 "$log" >&2
 		echo "setup: apt could not install what is missing (its words are above)" >&2
 		exit 1
 	fi
-	rm -f "$log"
 fi
 
 # The distribution's Python, since it is the one that python3-dev and python3-venv belong to.
@@ -36,7 +36,8 @@ stamp=.venv/.prepared-for
 wanted=$(cat pyproject.toml <(/usr/bin/python3 -V) | sha256sum)
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
 	echo "setup: preparing the Python environment in .venv"
-	[ -x .venv/bin/python ] || /usr/bin/python3 -m venv .venv
+	# Anew if there is none that works: interrupted half-way, or made for a Python that an upgrade has replaced.
+	.venv/bin/pip --version &>/dev/null || /usr/bin/python3 -m venv --clear .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	echo "$wanted" >$stamp
 fi
