@@ -27,20 +27,12 @@ from __future__ import annotations
 import re
 
 from steerd.model import Answer, Keys
+from steerd.wire.lines import BOUND, Head, Version, absolute_form, host_name, read_head
 from steerd.wire.parser import Inspect, Parser
 
-BOUND = 16384
-"""More than the limits on a request's head that common servers have by default (8 KiB per line)."""
+__all__ = ["BOUND", "PARSER", "http_parser", "inspect"]
 
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
-# RFC 9112 wants visible ASCII. Bytes above it are sent unencoded by some clients and taken by most servers.
-_TARGET = re.compile(rb"[\x21-\x7e\x80-\xff]+")
-_VERSION = re.compile(rb"HTTP/1\.[0-9]\r?")
-_VERSION_EXAMPLE = b"HTTP/1.1\r"
-_END_OF_HEAD = re.compile(rb"\n\r?\n")
-_ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(.*)", re.DOTALL)
-# RFC 3986 section 3.2.2: a bracketed literal, or a registered name; an IPv4 address has the form of the latter.
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.vV%_~-]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
+_VERSION = Version(re.compile(rb"HTTP/1\.[0-9]"), b"HTTP/1.1")
 
 
 def http_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
@@ -50,46 +42,18 @@ def http_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
 
 def inspect(data: bytes) -> Keys | Answer:
     """Keys of the request whose head `data` begins with, or NEED_MORE, or NOT_MINE."""
-    head = data[:BOUND]
-    if not _may_begin_a_request(head):
-        return Answer.NOT_MINE
-    end = _END_OF_HEAD.search(head)
-    if end is None:
-        return Answer.NEED_MORE if len(data) < BOUND else Answer.NOT_MINE
-    keys = _read_head(head[: end.start()])
+    head = read_head(data, _VERSION)
+    if isinstance(head, Answer):
+        return head
+    keys = _keys(head)
     return Answer.NOT_MINE if keys is None else keys
 
 
-def _may_begin_a_request(head: bytes) -> bool:
-    """Whether the bytes up to the first LF are a request line or, if there is no LF yet, the beginning of one."""
-    line, complete, _ = head.partition(b"\n")
-    method, space, rest = line.partition(b" ")
-    if not space:
-        return not complete and (not method or _TOKEN.fullmatch(method) is not None)
-    if not _TOKEN.fullmatch(method):
-        return False
-    target, space, version = rest.partition(b" ")
-    if not space:
-        return not complete and (not target or _TARGET.fullmatch(target) is not None)
-    if not _TARGET.fullmatch(target):
-        return False
-    if not complete:
-        version += _VERSION_EXAMPLE[len(version) :]
-    return _VERSION.fullmatch(version) is not None
-
-
-def _read_head(head: bytes) -> Keys | None:
-    """Keys of a head (a checked request line, then field lines; the last line end is not in it); None: malformed."""
-    request_line, *lines = (line.removesuffix(b"\r") for line in head.split(b"\n"))
-    method, target, _ = request_line.decode("latin-1").split(" ")
-    keys = {"http.method": method}
+def _keys(head: Head) -> Keys | None:
+    """Keys of a head; None: malformed."""
+    keys = {"http.method": head.method}
     hosts = []
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        # A folded line begins with white space, which no token has: it is refused here as well.
-        if not colon or not _TOKEN.fullmatch(name) or b"\r" in value or b"\x00" in value:
-            return None
-        field, text = name.decode("latin-1").lower(), value.decode("latin-1").strip(" \t")
+    for field, text in head.fields:
         keys.setdefault(f"http.header.{field}", text)
         if field == "host":
             hosts.append(text)
@@ -99,16 +63,14 @@ def _read_head(head: bytes) -> Keys | None:
     if len(hosts) > 1:
         return None
 
-    host = _host_name(hosts[0]) if hosts else ""
+    host = host_name(hosts[0]) if hosts else ""
     if host is None:
         return None
-    path: str | None = target
-    if method == "CONNECT":
-        host, path = _host_name(target), None
-    elif absolute := _ABSOLUTE_FORM.fullmatch(target):
-        host, path = _host_name(absolute[1]), absolute[2]
-        if not path.startswith("/"):  # RFC 3986 section 6.2.3: an empty path is "/"
-            path = f"/{path}"
+    path: str | None = head.target
+    if head.method == "CONNECT":
+        host, path = host_name(head.target), None
+    elif absolute := absolute_form(head.target):
+        host, path = host_name(absolute[0]), absolute[1]
     if host is None:
         return None
     if host:
@@ -116,12 +78,6 @@ def _read_head(head: bytes) -> Keys | None:
     if path is not None:
         keys["http.path"] = path
     return keys
-
-
-def _host_name(authority: str) -> str | None:
-    """`Example.com.:80` is `example.com`. "" stays "" (allowed where a target has no authority); None: malformed."""
-    match = _HOST.fullmatch(authority)
-    return match[1].lower().removesuffix(".") if match else None
 
 
 def _cookies(text: str) -> list[tuple[str, str]]:
