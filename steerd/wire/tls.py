@@ -1,0 +1,219 @@
+"""`tls`: the ClientHello that a TLS connection begins with (RFC 8446 and, before TLS 1.3, RFC 5246).
+
+Keys, text in latin-1:
+- `tls.sni`: the host name of the server_name extension (RFC 6066 section 3), lower-case (ASCII letters) and without one
+  trailing dot. A client that sends no such extension gives no such key;
+- `tls.alpn`: the protocol the client offered first, the one it likes best (RFC 7301);
+- `tls.alpn.NAME`: "1" for every protocol offered (`tls.alpn.h2 = 1` matches whatever its place in the list). Names keep
+  their case;
+- `tls.version`: the highest version offered: "1.0", "1.1", "1.2" or "1.3"; none where only others are offered.
+
+GREASE values (RFC 8701) are passed over. With Encrypted Client Hello (RFC 9849) the name seen is that of the outer
+hello, the provider's public name: the true one is encrypted, and a gateway without the key cannot know it.
+
+NEED_MORE until the hello is complete, however it was cut into records and segments, but NOT_MINE as soon as the bytes
+cannot be handshake records that begin with a ClientHello. Malformed, hence NOT_MINE: lengths that contradict each
+other, an extension that is there twice (RFC 8446 section 4.2), more than one host name, an empty one, one with white
+space or control characters (a reader of C strings would see another name), and a hello that does not end within the
+first 18,432 bytes. RFC 8446 would allow 16 MiB, and common servers take 16 KiB.
+
+Not covered: the hello of SSL 2.0 (RFC 6101 appendix E), DTLS, hellos after a HelloRetryRequest (the connection is
+decided by then), and TLS that begins after a plaintext exchange (STARTTLS).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+from steerd.model import Answer, Keys
+from steerd.wire.parser import Inspect, Parser
+
+BOUND = 18432
+"""A hello of 16 KiB (a post-quantum one has 2 KiB) and the headers of some hundred records."""
+
+_RECORD_HEADER = 5
+_MESSAGE_HEADER = 4
+_MAX_FRAGMENT = 1 << 14  # RFC 8446 section 5.1
+_HANDSHAKE = 22
+_CLIENT_HELLO = 1
+_MAJOR_VERSION = 3
+
+_SERVER_NAME = 0
+_ALPN = 16
+_SUPPORTED_VERSIONS = 43
+_HOST_NAME = 0
+
+_HELLO_START = 2 + 32  # behind legacy_version and random
+_EXTENSION_HEADER = struct.Struct("!HH").unpack_from
+
+_VERSIONS = {b"\x03\x01": "1.0", b"\x03\x02": "1.1", b"\x03\x03": "1.2", b"\x03\x04": "1.3"}
+_TLS_1_2 = b"\x03\x03"
+_GREASE = frozenset(bytes([value, value]) for value in range(0x0A, 0x100, 0x10))
+_NOT_IN_A_NAME = re.compile(rb"[\x00-\x20\x7f]")
+
+
+def tls_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
+    """The inspecting function; routes make no difference to it."""
+    return inspect
+
+
+def inspect(data: bytes) -> Keys | Answer:
+    """Keys of the ClientHello that `data` begins with, or NEED_MORE, or NOT_MINE."""
+    message = _handshake_bytes(data[:BOUND])
+    if message is None or message[:1] not in (b"", bytes([_CLIENT_HELLO])):
+        return Answer.NOT_MINE
+    more = Answer.NEED_MORE if len(data) < BOUND else Answer.NOT_MINE
+    if len(message) < _MESSAGE_HEADER:
+        return more
+    end = _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
+    if end + _RECORD_HEADER > BOUND:
+        return Answer.NOT_MINE
+    if len(message) < end:
+        return more
+    keys = client_hello(message[_MESSAGE_HEADER:end])
+    return Answer.NOT_MINE if keys is None else keys
+
+
+def client_hello(body: bytes) -> Keys | None:
+    """Keys of a whole ClientHello: the body of the handshake message, without its 4-byte header (QUIC carries it
+    without records, RFC 9001 section 4). None: malformed."""
+    try:
+        return _read_hello(body)
+    except (_MalformedError, IndexError, struct.error):
+        return None
+
+
+def _handshake_bytes(data: bytes) -> bytes | None:
+    """What the handshake records at the beginning carry, as far as it is there, up to the end of the first message;
+    None: the bytes are not such records."""
+    message = bytearray()
+    start = 0
+    while start < len(data):
+        header = data[start : start + _RECORD_HEADER]
+        if header[0] != _HANDSHAKE or header[1:2] not in (b"", bytes([_MAJOR_VERSION])):
+            return None
+        if len(header) < _RECORD_HEADER:
+            break
+        length = int.from_bytes(header[3:])
+        if not 0 < length <= _MAX_FRAGMENT:
+            return None
+        start += _RECORD_HEADER
+        message += data[start : start + length]
+        start += length
+        # What follows the first message is not looked at: it must not change the answer.
+        if len(message) >= _MESSAGE_HEADER:
+            end = _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
+            if len(message) >= end:
+                break
+    return bytes(message)
+
+
+class _MalformedError(Exception):
+    """Lengths or values that no ClientHello has."""
+
+
+def _vector(data: bytes, start: int, length_size: int) -> tuple[bytes, int]:
+    """The bytes that follow their own length (RFC 8446 section 3.4) at `start`, and where they end."""
+    first = start + length_size
+    end = first + int.from_bytes(data[start:first])
+    if end > len(data) or first > len(data):
+        raise _MalformedError
+    return data[first:end], end
+
+
+def _only_vector(data: bytes, start: int, length_size: int) -> bytes:
+    """The vector that fills all of `data` from `start` on."""
+    content, end = _vector(data, start, length_size)
+    if end != len(data):
+        raise _MalformedError
+    return content
+
+
+def _read_hello(body: bytes) -> Keys:
+    """RFC 8446 section 4.1.2; before TLS 1.3 there could be no extensions at all (RFC 5246 section 7.4.1.2)."""
+    legacy_version = body[:2]
+    session_id, end = _vector(body, _HELLO_START, 1)
+    cipher_suites, end = _vector(body, end, 2)
+    compression_methods, end = _vector(body, end, 1)
+    if (
+        legacy_version[0] != _MAJOR_VERSION
+        or len(session_id) > 32
+        or not cipher_suites
+        or len(cipher_suites) % 2
+        or not compression_methods
+    ):
+        raise _MalformedError
+    extensions = _extensions(_only_vector(body, end, 2)) if end < len(body) else {}
+
+    keys: Keys = {}
+    if _SERVER_NAME in extensions:
+        keys["tls.sni"] = _host_name(_only_vector(extensions[_SERVER_NAME], 0, 2))
+    if _ALPN in extensions:
+        offered = [name for name in _names(_only_vector(extensions[_ALPN], 0, 2)) if name not in _GREASE]
+        if offered:
+            keys["tls.alpn"] = offered[0].decode("latin-1")
+        for name in offered:
+            keys[f"tls.alpn.{name.decode('latin-1')}"] = "1"
+    if _SUPPORTED_VERSIONS in extensions:
+        versions = _versions(_only_vector(extensions[_SUPPORTED_VERSIONS], 0, 1))
+    else:
+        versions = [min(legacy_version, _TLS_1_2)]  # RFC 8446 section 4.2.1: 1.3 is never offered this way
+    known = [version for version in versions if version in _VERSIONS]
+    if known:
+        keys["tls.version"] = _VERSIONS[max(known)]
+    return keys
+
+
+def _extensions(data: bytes) -> dict[int, bytes]:
+    """Every extension's content by its type."""
+    found: dict[int, bytes] = {}
+    start, size = 0, len(data)
+    while start < size:
+        kind, length = _EXTENSION_HEADER(data, start)
+        start += 4
+        if kind in found or start + length > size:
+            raise _MalformedError
+        found[kind] = data[start : start + length]
+        start += length
+    return found
+
+
+def _host_name(names: bytes) -> str:
+    """The one host name of a ServerNameList; names of other types, which nobody ever defined, are refused."""
+    if names[0] != _HOST_NAME:
+        raise _MalformedError
+    name = _only_vector(names, 1, 2)
+    if _NOT_IN_A_NAME.search(name):
+        raise _MalformedError
+    name = name.lower().removesuffix(b".")
+    if not name:
+        raise _MalformedError
+    return name.decode("latin-1")
+
+
+def _names(data: bytes) -> list[bytes]:
+    """A ProtocolNameList: at least one name, and none is empty (RFC 7301 section 3.1)."""
+    found = []
+    end = 0
+    while end < len(data):
+        name, end = _vector(data, end, 1)
+        found.append(name)
+    if not found or not all(found):
+        raise _MalformedError
+    return found
+
+
+def _versions(data: bytes) -> list[bytes]:
+    if not data or len(data) % 2:
+        raise _MalformedError
+    return [data[start : start + 2] for start in range(0, len(data), 2)]
+
+
+PARSER = Parser(
+    name="tls",
+    keys=("tls.sni", "tls.alpn", "tls.alpn.*", "tls.version"),
+    bound=BOUND,
+    make=tls_parser,
+    summary="TLS: server name (SNI), application protocols (ALPN) and version of the ClientHello",
+)
