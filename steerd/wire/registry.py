@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import http, prefix
+from steerd.wire import http, prefix, rtsp, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -15,6 +15,8 @@ REGISTRY: dict[str, Parser] = {
     parser.name: parser
     for parser in (
         http.PARSER,
+        rtsp.PARSER,
         prefix.PARSER,
+        tls.PARSER,
     )
 }
