@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import http, prefix, rtsp, tls
+from steerd.wire import http, prefix, rtsp, sip, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -16,6 +16,7 @@ REGISTRY: dict[str, Parser] = {
     for parser in (
         http.PARSER,
         rtsp.PARSER,
+        sip.PARSER,
         prefix.PARSER,
         tls.PARSER,
     )
