@@ -92,8 +92,9 @@ def take_lock(run_dir: str) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        handle.seek(0)
-        raise SteerdError(f"steerd runs already, as process {handle.read().strip()} (it holds {path})") from None
+        with handle:
+            handle.seek(0)
+            raise SteerdError(f"steerd runs already, as process {handle.read().strip()} (it holds {path})") from None
     handle.truncate(0)
     handle.write(f"{os.getpid()}\n")
     handle.flush()
@@ -112,8 +113,8 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._log = logs.configure(process="main")
         self._lock = take_lock(config.gateway.run_dir)
+        self._log = logs.configure(process="main")
         self._registry = Registry(config.gateway.state_dir)
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import ipaddress
 import json
 import os
@@ -106,7 +105,8 @@ class Lab:
         registry.close()
         self.counters = Counters.create(directory / "counters", 1)
         self.nftables = StandInNftables()
-        self._log = io.StringIO()
+        self._log = directory / "log"
+        self._stderr = self._log.open("w")
         self._on_packet: Callable[[Packet], None]
         monkeypatch.setattr(worker_module, "Nftables", lambda: self.nftables)
         monkeypatch.setattr(worker_module, "Queue", self._bind)
@@ -123,12 +123,15 @@ class Lab:
         return object()
 
     def start(self) -> None:
-        with contextlib.redirect_stderr(self._log):
+        with contextlib.redirect_stderr(self._stderr):
             self.worker = Worker(self.settings)
+
+    def close(self) -> None:
+        self._stderr.close()
 
     def events(self) -> list[dict[str, Any]]:
         """The worker's log."""
-        return [json.loads(line) for line in self._log.getvalue().splitlines()]
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def publish(self, text: str) -> None:
         """Another plan, from another process: LMDB lets a process open an environment once."""
@@ -152,7 +155,9 @@ class Lab:
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """Ready, but for the worker itself."""
-    yield Lab(tmp_path, monkeypatch)
+    lab = Lab(tmp_path, monkeypatch)
+    yield lab
+    lab.close()
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
 
@@ -341,6 +346,7 @@ def test_one_of_so_many_decisions_is_logged(
     lab.start()
     for extension in (1, 2, 3, 4, 1):
         lab.deliver(syn(extension))
+    lab.close()
     found = lab.events()
     assert [int(event["keys"]["portext.dst"]) for event in found] == logged
     for event in found:
