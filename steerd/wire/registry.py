@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import http, prefix, rtsp, sip, tls
+from steerd.wire import http, postgres, prefix, rtsp, sip, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -17,6 +17,7 @@ REGISTRY: dict[str, Parser] = {
         http.PARSER,
         rtsp.PARSER,
         sip.PARSER,
+        postgres.PARSER,
         prefix.PARSER,
         tls.PARSER,
     )
