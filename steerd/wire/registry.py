@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import http, postgres, prefix, rtsp, sip, tls
+from steerd.wire import http, mqtt, postgres, prefix, rtsp, sip, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -18,6 +18,7 @@ REGISTRY: dict[str, Parser] = {
         rtsp.PARSER,
         sip.PARSER,
         postgres.PARSER,
+        mqtt.PARSER,
         prefix.PARSER,
         tls.PARSER,
     )
