@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import http, mqtt, postgres, prefix, rtsp, sip, tls
+from steerd.wire import http, http2, mqtt, postgres, prefix, rtsp, sip, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -15,6 +15,7 @@ REGISTRY: dict[str, Parser] = {
     parser.name: parser
     for parser in (
         http.PARSER,
+        http2.PARSER,
         rtsp.PARSER,
         sip.PARSER,
         postgres.PARSER,
