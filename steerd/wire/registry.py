@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import dns, http, http2, mqtt, postgres, prefix, rtsp, sip, ssh, tls
+from steerd.wire import dns, http, http2, minecraft, mqtt, postgres, prefix, rtsp, sip, ssh, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -20,6 +20,7 @@ REGISTRY: dict[str, Parser] = {
         sip.PARSER,
         postgres.PARSER,
         mqtt.PARSER,
+        minecraft.PARSER,
         prefix.PARSER,
         tls.PARSER,
         ssh.PARSER,
