@@ -2,7 +2,7 @@
 packet, RFC 1006 section 6).
 
 Keys, text in latin-1, at most one of the two:
-- `rdp.cookie`: the user in `Cookie: mstshash=USER`, as sent. Clients shorten it (mstsc and FreeRDP to 9 characters) or
+- `rdp.cookie`: the user in `Cookie: mstshash=USER`, as sent. Clients may shorten it (mstsc: to 9 characters) or
   put the domain before it (`DOMAIN\\USER`);
 - `rdp.token`: a routing token, given to clients by a connection broker: what follows `Cookie: msts=`, or the whole line
   if it has another form.

@@ -32,7 +32,7 @@ def test_rdesktop() -> None:
         (b"Cookie: mstshash=CORP\\bob\r\n", {"rdp.cookie": "CORP\\bob"}),
         (b"Cookie: mstshash=\xe9\r\n" + NEGOTIATION, {"rdp.cookie": "\xe9"}),
         (b"Cookie: mstshash=\r\n", {"rdp.cookie": ""}),
-        # [MS-RDPBCGR] section 3.2.5.3.1 and the example of section 4.1.1: a broker's token for a load balancer.
+        # A broker's token that names an address and a port, and one of another form.
         (b"Cookie: msts=3640205228.15629.0000\r\n" + NEGOTIATION, {"rdp.token": "3640205228.15629.0000"}),
         (b"tsv://MS Terminal Services Plugin.1.Farm\r\n", {"rdp.token": "tsv://MS Terminal Services Plugin.1.Farm"}),
     ],
