@@ -21,6 +21,7 @@ import json
 import operator
 import os
 import re
+import string
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,7 @@ from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
 from steerd.errors import ConfigError, Problem
 from steerd.model import TCP, Condition, Endpoint, IPAddress, IPNetwork, Match, Outcome, Route, Target
+from steerd.wire.dns import type_name
 from steerd.wire.portext import Numbers
 from steerd.wire.registry import REGISTRY
 
@@ -56,6 +58,7 @@ _MAX_EXTENDED_PORT = (1 << 32) - 1
 _MAX_QUEUES = 65536
 _KERNEL_TCP_OPTIONS = {19: "MD5", 28: "user timeout", 29: "TCP-AO", 30: "MPTCP", 34: "Fast Open", 69: "TCP-ENO"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 _Rate = Annotated[int, Meta(ge=1, le=(1 << 32) - 1)]
 # The kernel multiplies by HZ (at most 1000) in 32 bits (net/netfilter/nf_conntrack_proto_tcp.c).
@@ -561,8 +564,24 @@ def _flatten(table: Mapping[str, object], path: str = "") -> Iterator[tuple[str,
 
 
 def _normal_key(key: str) -> str:
-    """Header names are compared without regard to case, and the parser gives them in lower case."""
-    return key.lower() if key.lower().startswith("http.header.") else key
+    """Header names are compared without regard to case, and the parsers give them in lower case."""
+    return key.lower() if key.lower().startswith(("http.header.", "rtsp.header.")) else key
+
+
+def _host_name(text: str) -> str:
+    """As every parser gives host names: ASCII letters in lower case, without one trailing dot (the root is ".")."""
+    text = text.translate(_ASCII_LOWER)
+    return text if text == "." else text.removesuffix(".")
+
+
+_SPELLINGS: dict[str, Callable[[str], str]] = {
+    **dict.fromkeys(
+        ("http.host", "rtsp.host", "sip.host", "minecraft.host", "tls.sni", "dns.qname"),
+        _host_name,
+    ),
+    "dns.qtype": type_name,
+}
+"""For keys whose values people spell in several ways: the way that the parser spells them."""
 
 
 def _condition(key: str, value: object, parser: str) -> Condition:
@@ -574,7 +593,7 @@ def _condition(key: str, value: object, parser: str) -> Condition:
     if key == "prefix":
         condition = Condition(key, Match.PREFIX, _payload_prefix(text))
     else:
-        condition = _text_condition(key, text.lower() if key == "http.host" else text)
+        condition = _text_condition(key, _SPELLINGS[key](text) if key in _SPELLINGS else text)
     if any(char > "\xff" for char in condition.value):
         raise ValueError(
             "Is compared with bytes, one character each (U+0000 to U+00FF), so it can never match; text in UTF-8 is"

@@ -100,10 +100,10 @@ def question(message: bytes) -> Keys | None:
 
 
 def type_name(text: str) -> str:
-    """A type as this parser gives it, from how people write it: `aaaa` is `AAAA`, `TYPE28` too."""
+    """A type as this parser gives it, from how people write it: `aaaa` is `AAAA`, so are `TYPE28` and `28`."""
     name = text.upper()
     number = name.removeprefix("TYPE")
-    if number != name and number.isascii() and number.isdecimal():
+    if number.isascii() and number.isdecimal():
         return _type_name(int(number))
     return name
 

@@ -802,6 +802,35 @@ def test_a_mistake_is_one_line(text: str, mistake: str) -> None:
     assert lines(text) == [f"f.toml: {mistake}"]
 
 
+@pytest.mark.parametrize(
+    ("parser", "written", "condition"),
+    [
+        ("http", "http.host = 'A.Example.'", Condition("http.host", Match.EXACT, "a.example")),
+        ("http", "http.header.X-Tag = 'A.'", Condition("http.header.x-tag", Match.EXACT, "A.")),
+        ("http2", "http.host = '*.Example.'", Condition("http.host", Match.SUFFIX, ".example")),
+        ("tls", "tls.sni = 'A.Example.'", Condition("tls.sni", Match.EXACT, "a.example")),
+        ("tls", "tls.sni = 'WWW.*'", Condition("tls.sni", Match.PREFIX, "www.")),
+        ("tls", "tls.sni = '\u00c4.Example'", Condition("tls.sni", Match.EXACT, "\u00c4.example")),
+        ("tls", "tls.alpn.xMPP = 1", Condition("tls.alpn.xMPP", Match.EXACT, "1")),
+        ("tls", "'tls.alpn.http/1.1' = 1", Condition("tls.alpn.http/1.1", Match.EXACT, "1")),
+        ("rtsp", "rtsp.host = 'Cam.Example.'", Condition("rtsp.host", Match.EXACT, "cam.example")),
+        ("sip", "sip.host = 'A.Example.'", Condition("sip.host", Match.EXACT, "a.example")),
+        ("dns", "dns.qname = '*.Example.'", Condition("dns.qname", Match.SUFFIX, ".example")),
+        ("dns", "dns.qname = '.'", Condition("dns.qname", Match.EXACT, ".")),
+        ("dns", "dns.qtype = 'aaaa'", Condition("dns.qtype", Match.EXACT, "AAAA")),
+        ("dns", "dns.qtype = 'TYPE65'", Condition("dns.qtype", Match.EXACT, "HTTPS")),
+        ("dns", "dns.qtype = 28", Condition("dns.qtype", Match.EXACT, "AAAA")),
+        ("ssh", "ssh.client = 'OpenSSH_*'", Condition("ssh.client", Match.PREFIX, "OpenSSH_")),
+    ],
+)
+def test_conditions_are_spelled_as_the_parsers_spell_their_keys(
+    parser: str, written: str, condition: Condition
+) -> None:
+    text = route(f"when = {{ {written} }}\ntarget = '10.64.0.1:80'", f'"{parser}"')
+    read = config.parse(text, "f.toml")
+    assert read.services[0].routes[0].conditions == (condition,)
+
+
 def test_all_mistakes_are_found_in_one_run() -> None:
     text = """
 [gateway]
