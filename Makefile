@@ -4,8 +4,10 @@
 SHELL = /bin/bash
 PYTHON = .venv/bin/python
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
-# As root, and leaving no files of root behind in the checkout (byte code, caches). An ordinary user's PATH has no sbin.
-AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH:/usr/sbin:/sbin"
+# An ordinary user's PATH has no sbin, where nft and sysctl are.
+export PATH := $(PATH):/usr/sbin:/sbin
+# As root, and leaving no files of root behind in the checkout (byte code, caches).
+AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
 .PHONY: help setup demo test lint unit netns test-vm bench clean
 
