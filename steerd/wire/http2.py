@@ -12,12 +12,12 @@ NEED_MORE until the first HEADERS frame and its CONTINUATION frames are complete
 cannot be the connection preface, a SETTINGS frame, and then frames that a client may send before its first request:
 SETTINGS, WINDOW_UPDATE, PRIORITY, PING, and frames of unknown types (section 5.5).
 
-Malformed, hence NOT_MINE: a header block that hpack refuses; upper-case or otherwise impossible field names; pseudo
-fields that are unknown, missing, there twice or behind other fields (sections 8.2.1 and 8.3); more than one Host, or
-one that names another host than `:authority`; an authority that is not a host with an optional port; a frame of more
-than 16,384 bytes, which a client may not send before the server allowed it; a field list of more than 65,536 bytes
-(each field counted with 32 bytes more, section 6.5.2: what a few bytes of hpack can blow up is bounded by that); and
-a request that does not end within the first 18,432 bytes.
+Malformed, hence NOT_MINE: a header block that hpack refuses, or with more than two table sizes; upper-case or otherwise
+impossible field names; pseudo fields that are unknown, missing, there twice or behind other fields (sections 8.2.1 and
+8.3); more than one Host, or one that names another host than `:authority`; an authority that is not a host with an
+optional port; a frame of more than 16,384 bytes, which a client may not send before the server allowed it; a field list
+of more than 20,480 bytes (each field counted with 32 bytes more, section 6.5.2: that bounds what a few bytes of hpack
+can be blown up to, and the time it takes); and a request that does not end within the first 18,432 bytes.
 
 Not covered: later requests of the connection, `Upgrade: h2c` (an HTTP/1.1 request, which `http` reads), HTTP/2 in TLS
 (the `tls` parser sees its ALPN), and clients that wait for the server's SETTINGS before they send a request, as
@@ -39,8 +39,8 @@ from steerd.wire.parser import Inspect, Parser
 
 BOUND = 18432
 """A HEADERS frame of the largest size that a client may use, and 2 KiB for what comes before it."""
-MAX_FIELD_LIST = 65536
-"""Decoded bytes of one request's fields; hpack's own default, and four times what servers usually take."""
+MAX_FIELD_LIST = 20480
+"""Decoded bytes of one request's fields: 16 KiB, as `http` takes, and 32 bytes more for each of 128 fields."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAME_HEADER = 9
@@ -54,6 +54,8 @@ _PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")  # section 8.2: lower-case tokens
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PATH = re.compile(rb"\*|/[\x21-\x7e\x80-\xff]*")
+# RFC 7541 section 4.2 allows two of them; hpack would work through thousands.
+_THREE_TABLE_SIZES = re.compile(rb"(?:[\x20-\x3e]|\x3f[\x80-\xff]*[\x00-\x7f]){3}")
 _NOT_IN_A_VALUE = re.compile(rb"[\x00\r\n]")
 
 
@@ -147,6 +149,8 @@ def _header_fragment(frame: _Frame) -> bytes | None:
 
 def _read_block(block: bytes) -> Keys | None:
     """Keys of a header block; None: malformed."""
+    if _THREE_TABLE_SIZES.match(block):
+        return None
     try:
         fields = [(bytes(name), bytes(value)) for name, value in Decoder(MAX_FIELD_LIST).decode(block, raw=True)]
     except HPACKError:

@@ -213,6 +213,7 @@ def test_requests_that_are_malformed(fields: Fields) -> None:
         b"\x41\x82\xff\xff",
         b"\x3f\xe2\x1f",
         b"\x82\x3f\xe1\x1f",
+        b"\x20\x3f\xe1\x1f\x20" + encoded(GET),
     ],
     ids=repr,
 )
@@ -242,6 +243,19 @@ def test_not_mine_as_soon_as_it_cannot_be_http2(beginning: bytes) -> None:
     assert inspect(beginning + real("curl-7.88.1-get")) is Answer.NOT_MINE
 
 
+def test_two_table_sizes_are_allowed() -> None:
+    block = b"\x20\x3f\xe1\x1f" + encoded(GET)
+    assert keys(opening(frame(HEADERS, block, END_HEADERS, 1))) == keys(request(GET))
+
+
+def test_the_field_list_is_bounded() -> None:
+    """Each field counts 32 bytes more than its name and value."""
+    counted = sum(len(name) + len(value) + 32 for name, value in GET)
+    room = MAX_FIELD_LIST - counted - len("x") - 32
+    assert keys(request(with_fields(("x", "0" * room))))["http.header.x"] == "0" * room
+    assert inspect(request(with_fields(("x", "0" * (room + 1))))) is Answer.NOT_MINE
+
+
 def test_a_bomb_of_references_is_refused_quickly() -> None:
     """One field of 4 KB in the table of hpack, then 12,000 references to it of one byte each: 48 MB."""
     block = encoded(GET) + b"\x40\x01x\x7f\xa1\x1e" + b"y" * 4000 + b"\xbe" * 12000
@@ -249,7 +263,7 @@ def test_a_bomb_of_references_is_refused_quickly() -> None:
     started = time.process_time()
     assert inspect(opening(frame(HEADERS, block, END_HEADERS, 1))) is Answer.NOT_MINE
     assert time.process_time() - started < 0.5
-    few = encoded(GET) + b"\x40\x01x\x7f\xa1\x1e" + b"y" * 4000 + b"\xbe" * 10
+    few = encoded(GET) + b"\x40\x01x\x7f\xa1\x1e" + b"y" * 4000 + b"\xbe" * 3
     assert keys(opening(frame(HEADERS, few, END_HEADERS, 1)))["http.header.x"] == "y" * 4000
 
 
