@@ -96,7 +96,15 @@ def test_types(number: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "text"),
-    [("A", "A"), ("aaaa", "AAAA"), ("TYPE28", "AAAA"), ("28", "AAAA"), ("type65", "HTTPS"), ("Type65280", "TYPE65280"), ("X", "X")],
+    [
+        ("A", "A"),
+        ("aaaa", "AAAA"),
+        ("TYPE28", "AAAA"),
+        ("28", "AAAA"),
+        ("type65", "HTTPS"),
+        ("Type65280", "TYPE65280"),
+        ("X", "X"),
+    ],
 )
 def test_type_name(written: str, text: str) -> None:
     assert type_name(written) == text
