@@ -592,6 +592,9 @@ def _condition(key: str, value: object, parser: str) -> Condition:
         return _extension_condition(key, text)
     if key == "prefix":
         condition = Condition(key, Match.PREFIX, _payload_prefix(text))
+    elif key == "regex":
+        # The parser matches; what it gives is the pattern as it is written, whose * and . are not ours.
+        condition = Condition(key, Match.EXACT, _not_empty(text))
     else:
         condition = _text_condition(key, _SPELLINGS[key](text) if key in _SPELLINGS else text)
     if any(char > "\xff" for char in condition.value):
@@ -629,6 +632,10 @@ def _payload_prefix(text: str) -> str:
             text = bytes.fromhex(text.removeprefix("hex:")).decode("latin-1")
         except ValueError:
             raise ValueError(f'Must have two hexadecimal digits a byte, "hex:160301", not {_shown(text)}.') from None
+    return _not_empty(text)
+
+
+def _not_empty(text: str) -> str:
     if not text:
         raise ValueError("Is empty and would match everything; use default for that.")
     return text

@@ -736,6 +736,18 @@ MISTAKES: list[tuple[str, str]] = [
         'services.web.routes[0].when.prefix: Must have two hexadecimal digits a byte, "hex:160301", not "hex:16030".',
     ),
     (
+        route("when = {regex = 'USER (a'}\ntarget = '10.64.0.1:80'", '"regex"'),
+        "services.web.routes[0].when.regex: Is not a regular expression in the syntax of RE2: missing ): USER (a.",
+    ),
+    (
+        route("when = {regex = ''}\ntarget = '10.64.0.1:80'", '"regex"'),
+        "services.web.routes[0].when.regex: Is empty and would match everything; use default for that.",
+    ),
+    (
+        route("when = {regex = '\u0107'}\ntarget = '10.64.0.1:80'", '"regex"'),
+        f"services.web.routes[0].when.regex: {BYTES}",
+    ),
+    (
         when("prefix = '\u0107'"),
         f"services.web.routes[0].when.prefix: {BYTES}",
     ),
@@ -821,6 +833,8 @@ def test_a_mistake_is_one_line(text: str, mistake: str) -> None:
         ("dns", "dns.qtype = 'TYPE65'", Condition("dns.qtype", Match.EXACT, "HTTPS")),
         ("dns", "dns.qtype = 28", Condition("dns.qtype", Match.EXACT, "AAAA")),
         ("ssh", "ssh.client = 'OpenSSH_*'", Condition("ssh.client", Match.PREFIX, "OpenSSH_")),
+        ("regex", r"regex = 'USER (a|b*)\r?$'", Condition("regex", Match.EXACT, r"USER (a|b*)\r?$")),
+        ("regex", "regex = 'GET.*'", Condition("regex", Match.EXACT, "GET.*")),
     ],
 )
 def test_conditions_are_spelled_as_the_parsers_spell_their_keys(
