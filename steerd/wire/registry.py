@@ -22,10 +22,10 @@ REGISTRY: dict[str, Parser] = {
         mqtt.PARSER,
         minecraft.PARSER,
         rdp.PARSER,
-        prefix.PARSER,
-        regex.PARSER,
         tls.PARSER,
         ssh.PARSER,
         dns.PARSER,
+        prefix.PARSER,
+        regex.PARSER,
     )
 }
