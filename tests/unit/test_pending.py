@@ -226,7 +226,7 @@ def test_a_contradiction_ends_it(second: Packet, begins: int) -> None:
 
 
 def test_data_beyond_a_fin_or_a_second_fin_ends_it() -> None:
-    for contradiction in (segment(5, b"xy"), segment(7, b"", FIN)):
+    for contradiction in (segment(5, b"xy"), segment(7, b"", FIN), segment(5, b"", FIN)):
         held = made()
         held.segment(segment(0, b"hel"), 1.0)
         held.segment(segment(6, b"", FIN), 1.0)
@@ -382,6 +382,12 @@ def test_bytes_of_one_connection() -> None:
     assert held.held_bytes == 0
 
 
+def test_a_fin_beyond_the_bound_is_not_told() -> None:
+    held = made(connection_bytes=6)
+    held.segment(segment(0, b"hel"), 1.0)
+    assert not decided(held.segment(segment(3, b"lo\nmore", FIN), 1.0)).fin
+
+
 def test_what_moves_beyond_the_bound_is_forgotten() -> None:
     held = made(connection_bytes=8)
     held.segment(segment(6, b"world"), 1.0)
@@ -441,9 +447,33 @@ def test_gaps_are_bounded_and_the_lowest_bytes_have_the_better_claim() -> None:
     for number in range(pending.MAX_RANGES):
         assert held.segment(segment(2 * number, b"a"), 1.0) == HOLD
     assert held.segment(segment(2 * pending.MAX_RANGES, b"a"), 1.0) == (Drop(Why.GAPS),)
+    assert held.held_bytes == 2 * pending.MAX_RANGES - 1
     assert held.segment(segment(-2, b"a"), 1.0) == HOLD  # pushes out the highest
+    assert held.held_bytes == 2 * pending.MAX_RANGES - 1
     assert held.segment(segment(-1, b"b"), 1.0) == HOLD
     assert decided(held.segment(segment(1, b"\n"), 1.0)).data == b"aba\na"
+
+
+def test_a_source_without_connections_leaves_nothing_behind() -> None:
+    held = made()
+    for number in range(100):
+        source = number.to_bytes(4, "big")
+        held.segment(segment(0, b"hel", src=source), 1.0)
+        held.segment(segment(3, b"lo\n", src=source), 1.0)
+    assert held._sources == {}
+
+
+def test_what_brings_nothing_new_is_not_inspected() -> None:
+    asked: list[bytes] = []
+
+    def never_enough(_first: Packet, data: bytes) -> Literal[Answer.NEED_MORE]:
+        asked.append(data)
+        return Answer.NEED_MORE
+
+    held: Pending[str] = Pending(Limits(), never_enough)
+    for offset, data in ((0, b"hel"), (0, b"hel"), (1, b"e"), (5, b"x"), (3, b"l"), (2, b"l")):
+        held.segment(segment(offset, data), 1.0)
+    assert asked == [b"hel", b"hell"]
 
 
 def test_limits_and_inspect_may_be_replaced() -> None:
