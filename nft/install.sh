@@ -100,7 +100,7 @@ sed_value() {
 render() {
 	set -- \
 		-e "s/__MASK__/$(hex $mask)/g" -e "s/__CLEAR__/$(hex $clear)/g" \
-		-e "s/__RESET__/$(hex $((1 << low)))/g" -e "s/__STALE__/$(hex $((2 << low)))/g" \
+		-e "s/__RESET__/$(hex $((1 << low)))/g" -e "s/__PASS__/$(hex $((2 << low)))/g" \
 		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . tcp sport')")/" \
 		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . tcp sport')")/"
 	for pair in $overrides; do

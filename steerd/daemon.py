@@ -13,11 +13,12 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -26,7 +27,7 @@ from steerd.config import Config
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 from steerd.kernel import aliases, listeners, queue, ruleset
-from steerd.kernel.nftables import Nftables
+from steerd.kernel.nftables import Nftables, Watcher
 from steerd.model import Reason
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters
@@ -81,8 +82,20 @@ def contents_of(config: Config) -> ruleset.Contents:
     )
 
 
-def take_lock(run_dir: str) -> IO[str]:
-    """The one lock of this machine's (or namespace's) steerd; raises SteerdError naming the process that holds it."""
+class Lock(NamedTuple):
+    """What only one steerd can hold: the file in its run_dir, which names it, and a socket name, of which each network
+    namespace has one. Two daemons with different directories would take each other's aliases away."""
+
+    file: IO[str]
+    name: socket.socket
+
+    def release(self) -> None:
+        self.name.close()
+        self.file.close()
+
+
+def take_lock(run_dir: str) -> Lock:
+    """Make sure that no other steerd runs here; raises SteerdError naming the process that does."""
     path = Path(run_dir) / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,17 +108,30 @@ def take_lock(run_dir: str) -> IO[str]:
         with handle:
             handle.seek(0)
             raise SteerdError(f"steerd runs already, as process {handle.read().strip()} (it holds {path})") from None
-    handle.truncate(0)
-    handle.write(f"{os.getpid()}\n")
-    handle.flush()
-    return handle
+    try:
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+    except OSError as error:
+        raise SteerdError(f"{path} cannot be written: {error.strerror}") from error
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind("\0steerd")
+    except OSError:
+        name.close()
+        handle.close()
+        raise SteerdError("another steerd, with another run_dir, runs in this network namespace already") from None
+    return Lock(handle, name)
 
 
 def down(config: Config) -> aliases.Changes:
     """Remove the table and all aliases; raises SteerdError while a daemon runs, which would put them back."""
-    with take_lock(config.gateway.run_dir):
+    lock = take_lock(config.gateway.run_dir)
+    try:
         ruleset.remove()
         return aliases.remove_all()
+    finally:
+        lock.release()
 
 
 class Daemon:
@@ -120,7 +146,13 @@ class Daemon:
         self._counters = Counters.create(counters, config.gateway.workers)
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
+        # The listeners on the wildcard address, and our rules, as the table had them when we last loaded or looked.
         self._wildcard_ports: set[tuple[int, int]] = set()
+        self._rules: set[tuple[int, str, int]] = set()
+        self._nftables = Nftables()
+        self._native_queue = ruleset.has_native_queue()
+        # A reload replaces rules in a thread; whoever looks at them meanwhile would take that for a removal.
+        self._changing_table = asyncio.Lock()
 
     async def run(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT. Raises SteerdError if the start fails; later trouble is logged and mended."""
@@ -132,12 +164,11 @@ class Daemon:
         started = time.monotonic()
         plan = self._registry.publish(self._config)
         changes = aliases.reconcile(list(self._config.pools.values()), progress)
-        native = ruleset.load(settings_of(self._config), contents_of(self._config), empty_targets=True)
-        self._set_wildcard_ports()
+        self._load_table(self._config, empty_targets=True)
         self._counters.next_generation()
         self._log.info(
             "table loaded",
-            queue="nft" if native else "iptables-nft (this kernel has no nft queue)",
+            queue="nft" if self._native_queue else "iptables-nft (this kernel has no nft queue)",
             services=len(plan.services),
             aliases_added=changes.added,
             aliases_removed=changes.removed,
@@ -180,9 +211,14 @@ class Daemon:
         back_off = _FIRST_BACK_OFF
         while True:
             born = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "steerd.worker", argument, stdout=asyncio.subprocess.PIPE
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "steerd.worker", argument, stdout=asyncio.subprocess.PIPE
+                )
+            except OSError as error:  # no memory or no process to be had: that may pass
+                self._log.error("worker cannot be started", worker=index, why=str(error))
+                await asyncio.sleep(_LONGEST_BACK_OFF)
+                continue
             try:
                 assert process.stdout is not None
                 if await process.stdout.readline() == READY:
@@ -216,32 +252,52 @@ class Daemon:
             await asyncio.sleep(_QUEUE_REPORT_SECONDS)
 
     async def _keep_table(self) -> None:
-        """Put the table back if somebody flushed it, its elements if somebody deleted them; know wildcard listeners."""
-        nftables = Nftables()
-        untranslated = nftables.counters().get("untranslated", 0)
-        while True:
-            await asyncio.sleep(_WATCH_SECONDS)
+        """Put back what somebody removes from the table: rules, elements; know the wildcard listeners."""
+        loop = asyncio.get_running_loop()
+        deletion = asyncio.Event()
+        untranslated = self._nftables.counters().get("untranslated", 0)
+        with contextlib.closing(Watcher()) as watcher:
+            loop.add_reader(watcher.fileno(), deletion.set)
             try:
-                if not nftables.table_exists():
-                    self._log.warning("table inet steerd was removed by somebody; loading it again")
-                    await asyncio.to_thread(self._load_table)
-                    self._counters.next_generation()
-                    self._wildcard_ports = set()
-                counted = nftables.counters().get("untranslated", 0)
-                if counted > untranslated:
-                    self._log.warning(
-                        "packets were dropped since their target was missing in the kernel's maps; workers load"
-                        " their targets again",
-                        packets=counted - untranslated,
-                    )
-                    self._counters.next_generation()
-                untranslated = counted
-                self._set_wildcard_ports()
-            except (SteerdError, OSError) as error:
-                self._log.error("the table cannot be looked after", why=str(error))
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(deletion.wait(), _WATCH_SECONDS)
+                    deletion.clear()
+                    watcher.read()
+                    async with self._changing_table:
+                        untranslated = self._mend_table(untranslated)
+            finally:
+                loop.remove_reader(watcher.fileno())
 
-    def _load_table(self) -> None:
-        ruleset.load(settings_of(self._config), contents_of(self._config), empty_targets=False)
+    def _mend_table(self, untranslated: int) -> int:
+        """One look at the table. Takes and returns how many packets the table had counted as untranslated.
+
+        Not in a thread: while our rules are gone, every millisecond may let a packet through.
+        """
+        try:
+            if not self._rules <= ruleset.our_rules(self._nftables):
+                self._load_table(self._config)
+                self._counters.next_generation()
+                self._log.warning("rules of steerd were removed by somebody; they are back")
+            counted = self._nftables.counters().get("untranslated", 0)
+            if counted > untranslated:
+                self._counters.next_generation()
+                self._log.warning(
+                    "packets were dropped since their target was missing in the kernel's maps; workers load their"
+                    " targets again",
+                    packets=counted - untranslated,
+                )
+            self._set_wildcard_ports()
+        except (SteerdError, OSError) as error:
+            self._log.error("the table cannot be looked after", why=str(error))
+            return untranslated
+        return counted
+
+    def _load_table(self, config: Config, *, empty_targets: bool = False) -> None:
+        ruleset.load(settings_of(config), contents_of(config), native=self._native_queue, empty_targets=empty_targets)
+        self._rules = ruleset.our_rules(self._nftables)
+        self._wildcard_ports = set()
+        self._set_wildcard_ports()
 
     def _set_wildcard_ports(self) -> None:
         ports = listeners.wildcard_ports()
@@ -276,7 +332,9 @@ class Daemon:
             await self._reload.wait()
             self._reload.clear()
             try:
-                await asyncio.to_thread(self._apply, configuration.load(Path(self._config.file)))
+                new = configuration.load(Path(self._config.file))
+                async with self._changing_table:
+                    await asyncio.to_thread(self._apply, new)
             except SteerdError as error:
                 self._log.error("not reloaded; the running configuration stays", why=str(error))
 
@@ -303,7 +361,7 @@ class Daemon:
         aliases.reconcile([*new.pools.values(), *old_pools.values()])
         try:
             self._publish(new)
-            ruleset.load(settings_of(new), contents_of(new), empty_targets=False)
+            self._load_table(new)
         except SteerdError:
             self._publish(self._config)
             raise

@@ -21,7 +21,7 @@ import msgspec
 
 from steerd.control.registry import Reader
 from steerd.core.engine import Decision, Engine
-from steerd.core.marks import RESET_ID, MarkLayout
+from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel.nftables import Nftables
 from steerd.kernel.queue import Queue, QueuedPacket
@@ -144,8 +144,8 @@ class Worker:
         mark = queued.get_mark() & self._clear
         if decision.outcome is Outcome.STEER:
             mark |= self._mark.field(decision.target_id)
-        elif decision.outcome is Outcome.RESET:
-            mark |= self._mark.field(RESET_ID)
+        else:
+            mark |= self._mark.field(RESET_ID if decision.outcome is Outcome.RESET else PASS_ID)
         queued.set_mark(mark)
         return True
 

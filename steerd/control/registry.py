@@ -67,7 +67,7 @@ class Registry:
     """The writer's side; the main process holds the only one."""
 
     def __init__(self, state_dir: str) -> None:
-        path = _path(state_dir)
+        path = self._path = _path(state_dir)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._env = lmdb.open(str(path), map_size=_MAP_SIZE, max_dbs=8, max_readers=_MAX_READERS)
@@ -99,6 +99,12 @@ class Registry:
 
         Raises RegistryError if the mark bits have no room for the ids; then nothing has changed.
         """
+        try:
+            return self._publish(config)
+        except lmdb.Error as error:
+            raise RegistryError(f"the registry in {self._path} cannot be written: {error}") from error
+
+    def _publish(self, config: Config) -> Plan:
         with self._env.begin(write=True) as txn:
             ids = _IdGiver(txn, self._meta, self._ids, self._targets, config.gateway.mark.highest_id)
             txn.drop(self._routes, delete=False)

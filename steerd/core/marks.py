@@ -13,8 +13,8 @@ NO_DECISION = 0
 """What a mark says that nobody has set."""
 RESET_ID = 1
 """Answer with a TCP reset."""
-STALE_ID = 2
-"""Decided, but conntrack still translates this 4-tuple to another target (set by the table, never by a worker)."""
+PASS_ID = 2
+"""Leave the packet to the gateway's own socket."""
 FIRST_TARGET_ID = 16
 """Ids from here on are targets; those between are kept for answers yet to come."""
 

@@ -20,10 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from steerd.core.marks import RESET_ID, STALE_ID, MarkLayout
+from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
 from steerd.core.pools import Pool
 from steerd.errors import KernelError
-from steerd.kernel.nftables import TABLE, Element
+from steerd.kernel.nftables import TABLE, Element, Nftables
 from steerd.model import Endpoint, IPNetwork, Target
 
 FALLBACK_CHAIN = "STEERD"
@@ -82,7 +82,7 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
         "MASK": f"0x{mark.mask:08x}",
         "CLEAR": f"0x{~mark.mask & 0xFFFFFFFF:08x}",
         "RESET": f"0x{mark.field(RESET_ID):08x}",
-        "STALE": f"0x{mark.field(STALE_ID):08x}",
+        "PASS": f"0x{mark.field(PASS_ID):08x}",
         "TCP_OPTION": str(settings.tcp_option),
         "SOURCE_RATE": str(settings.source_rate),
         "SOURCE_BURST": str(settings.source_burst),
@@ -217,13 +217,13 @@ def has_native_queue() -> bool:
     return not _run(["nft", "--check", "-f", "-"], "table inet steerd_probe { chain probe { queue num 0 ; } ; }").failed
 
 
-def load(settings: Settings, contents: Contents, *, empty_targets: bool) -> bool:
-    """Load the table with these settings and contents in one transaction; returns whether `queue` is native.
+def load(settings: Settings, contents: Contents, *, native: bool, empty_targets: bool) -> None:
+    """Load the table with these settings and contents in one transaction.
 
     What is there already is brought up to date: the operator's chain `admit` and counters stay. `empty_targets` is for
-    a start, when no worker runs that believes its targets to be in the maps. Raises KernelError if the kernel refuses.
+    a start, when no worker runs that believes its targets to be in the maps. `native`: see has_native_queue. Raises
+    KernelError if the kernel refuses.
     """
-    native = has_native_queue()
     text = render(template_path().read_text(), settings, native=native) + fill(contents)
     if empty_targets:
         text += flush_targets()
@@ -233,7 +233,17 @@ def load(settings: Settings, contents: Contents, *, empty_targets: bool) -> bool
         # First the rules that take marked packets, then the table that marks them: in between nothing is let through.
         _install_fallback(settings)
     _nft(text)
-    return native
+
+
+def our_rules(nftables: Nftables) -> set[tuple[int, str, int]]:
+    """(family, chain, handle) of every rule that is ours, the fall-back's included, the operator's `admit` not. A rule
+    that somebody deletes is missing here for ever: the kernel gives no handle twice."""
+    found = {(1, rule.chain, rule.handle) for rule in nftables.rules(1, TABLE) if rule.chain != "admit"}
+    name = FALLBACK_CHAIN.encode() + b"\0"
+    for family in (2, 10):
+        rules = nftables.rules(family, "mangle")
+        found |= {(family, r.chain, r.handle) for r in rules if r.chain == FALLBACK_CHAIN or name in r.body}
+    return found
 
 
 def set_wildcard_ports(ports: set[tuple[int, int]]) -> None:

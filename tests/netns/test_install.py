@@ -253,8 +253,11 @@ def test_bad_arguments_are_a_sentence(arguments: tuple[str, ...], said: str) -> 
 
 
 def load(host: Host) -> bool:
+    """Load the table as the daemon does; returns whether `queue` is native."""
     with host.entered():
-        return ruleset.load(settings_of(CONFIG), contents_of(CONFIG), empty_targets=True)
+        native = ruleset.has_native_queue()
+        ruleset.load(settings_of(CONFIG), contents_of(CONFIG), native=native, empty_targets=True)
+    return native
 
 
 def chains(host: Host) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steerd.core.marks import FIRST_TARGET_ID, NO_DECISION, RESET_ID, STALE_ID, MarkLayout
+from steerd.core.marks import FIRST_TARGET_ID, NO_DECISION, PASS_ID, RESET_ID, MarkLayout
 
 HIGH = MarkLayout(8, 31)
 LOW = MarkLayout(0, 19)
@@ -17,7 +17,7 @@ def test_the_parts_of_a_layout() -> None:
 
 @pytest.mark.parametrize("layout", [HIGH, LOW, MarkLayout(5, 27)])
 def test_ids_stay_inside_the_mask_and_off_the_flag(layout: MarkLayout) -> None:
-    for id_ in (NO_DECISION, RESET_ID, STALE_ID, FIRST_TARGET_ID, layout.highest_id):
+    for id_ in (NO_DECISION, RESET_ID, PASS_ID, FIRST_TARGET_ID, layout.highest_id):
         mark = layout.field(id_)
         assert mark & ~layout.mask == 0
         assert mark & layout.flag == 0

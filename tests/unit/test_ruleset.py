@@ -88,7 +88,7 @@ def test_defaults_are_those_of_the_configuration() -> None:
     }  # fmt: skip
     masks = dict(re.findall(r"^#! __([A-Z0-9_]+)__ +(0x[0-9a-f]+) ", HEAD, re.MULTILINE))
     assert settings.mark == MarkLayout(8, 31)
-    assert masks == {"MASK": "0xffffff00", "CLEAR": "0x000000ff", "RESET": "0x00000100", "STALE": "0x00000200"}
+    assert masks == {"MASK": "0xffffff00", "CLEAR": "0x000000ff", "RESET": "0x00000100", "PASS": "0x00000200"}
     for name, value in masks.items():
         assert f"__{name}__" not in printed("--native").partition("\ntable inet steerd {")[2]
         assert value in printed("--native").partition("\ntable inet steerd {")[2]

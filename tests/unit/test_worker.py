@@ -21,7 +21,7 @@ from steerd import config
 from steerd import worker as worker_module
 from steerd.control.registry import Registry
 from steerd.core.engine import Decision
-from steerd.core.marks import FIRST_TARGET_ID, RESET_ID, MarkLayout
+from steerd.core.marks import FIRST_TARGET_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, RegistryError
 from steerd.kernel.nftables import Element
 from steerd.kernel.ruleset import target_elements
@@ -198,7 +198,7 @@ def test_a_decision_is_a_mark_and_other_bits_stay(lab: Lab) -> None:
 def test_the_other_outcomes(lab: Lab) -> None:
     assert lab.outcome(syn(None), THEIRS | MARK.flag) == ("accept", THEIRS | MARK.field(RESET_ID))
     assert lab.outcome(syn(99), THEIRS) == ("accept", THEIRS | MARK.field(RESET_ID))
-    assert lab.outcome(syn(None, 22), THEIRS | MARK.flag) == ("accept", THEIRS)
+    assert lab.outcome(syn(None, 22), THEIRS | MARK.flag) == ("accept", THEIRS | MARK.field(PASS_ID))
     assert lab.outcome(syn(99, 22), THEIRS) == ("drop", THEIRS)
     assert lab.outcome(syn(1, 80), THEIRS) == ("drop", THEIRS)
     assert lab.counted() == {"UNEXTENDED_UNMATCHED": 1, "UNMATCHED": 2, "UNEXTENDED_PASS": 1, "NO_ENDPOINT": 1}
