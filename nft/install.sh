@@ -29,6 +29,8 @@ die() {
 	exit 1
 }
 
+# nft and iptables live in sbin, which an ordinary user's path may not name.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 here=$(cd "$(dirname "$0")" && pwd)
 template=$here/steerd.nft
 action=install low=8 high=31 queues=1 first_queue=21300 queueing=ask overrides=

@@ -96,11 +96,13 @@ class QueueState(NamedTuple):
 
 
 def states() -> dict[int, QueueState]:
-    """Every bound queue of this network namespace, by number."""
+    """Every bound queue of this network namespace, by number; raises KernelError for who may not look."""
     try:
         text = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text()
     except FileNotFoundError:
         return {}
+    except PermissionError:
+        raise KernelError("only root may look at the queues (/proc/net/netfilter/nfnetlink_queue)") from None
     result = {}
     for line in text.splitlines():
         fields = [int(field) for field in line.split()]

@@ -58,7 +58,7 @@ def _keys(head: Head) -> Keys | None:
         if field == "host":
             hosts.append(text)
         elif field == "cookie":
-            for cookie, content in _cookies(text):
+            for cookie, content in cookies(text):
                 keys.setdefault(f"http.cookie.{cookie}", content)
     if len(hosts) > 1:
         return None
@@ -80,7 +80,7 @@ def _keys(head: Head) -> Keys | None:
     return keys
 
 
-def _cookies(text: str) -> list[tuple[str, str]]:
+def cookies(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a Cookie field; what has no `=` or no name is nobody's cookie."""
     pairs = (pair.partition("=") for pair in text.split(";"))
     return [(name.strip(" \t"), value.strip(" \t")) for name, equals, value in pairs if equals and name.strip(" \t")]

@@ -33,7 +33,7 @@ from hpack import Decoder, HPACKError
 
 from steerd.model import Answer, Keys
 from steerd.wire.http import PARSER as HTTP
-from steerd.wire.http import _cookies
+from steerd.wire.http import cookies
 from steerd.wire.lines import host_name
 from steerd.wire.parser import Inspect, Parser
 
@@ -174,7 +174,7 @@ def _read_block(block: bytes) -> Keys | None:
         return None
     for field, values in headers.items():
         keys[f"http.header.{field}"] = "; ".join(values) if field == "cookie" else values[0]
-    for cookie, content in _cookies(keys.get("http.header.cookie", "")):
+    for cookie, content in cookies(keys.get("http.header.cookie", "")):
         keys.setdefault(f"http.cookie.{cookie}", content)
     return keys
 

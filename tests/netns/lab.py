@@ -37,9 +37,14 @@ class Host:
 
     def __init__(self, role: str) -> None:
         self.name = f"st{os.getpid()}-{next(_numbers)}-{role}"
-        sh(f"ip netns add {self.name} && ip -n {self.name} link set lo up")
-        # Duplicate address detection would keep every IPv6 address silent for its first second or two.
-        self.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
+        sh(f"ip netns add {self.name}")
+        try:
+            sh(f"ip -n {self.name} link set lo up")
+            # Duplicate address detection would keep every IPv6 address silent for its first second or two.
+            self.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
+        except BaseException:
+            self.close()
+            raise
 
     def sh(self, command: str, *, check: bool = True) -> str:
         done = subprocess.run(

@@ -211,8 +211,12 @@ def test_an_iptables_rule_that_drops_invalid_packets(machine: Machine) -> None:
 
 
 def test_rules_that_cannot_be_read(machine: Machine) -> None:
-    machine.host.sh("iptables-nft -t mangle -A PREROUTING -j CONNMARK --restore-mark --mask 0xff")
-    machine.nft("add rule ip mangle PREROUTING meta mark set 0x100")
+    # A rule that iptables must show, and one of nft's own that no version of iptables can.
+    machine.host.sh(
+        "iptables-nft -t mangle -A PREROUTING -m connbytes --connbytes 1 --connbytes-dir both --connbytes-mode bytes"
+        " -j MARK --set-mark 0x100"
+    )
+    machine.nft("add rule ip mangle PREROUTING ct mark set meta mark")
     status, lines = machine.run()
     assert status == 1
     assert lines == [line for line in lines if line.startswith("steerd: ")] and "iptables-nft-save" in lines[0]

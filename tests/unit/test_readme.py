@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from steerd import config
 from steerd.cli import ctl, main
+from steerd.wire.registry import REGISTRY
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
@@ -51,3 +52,10 @@ def test_the_commands_exist() -> None:
     for program, command in commands:
         app = main.app if program == "steerd" else ctl.app
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_every_parser_and_every_key_of_it_is_listed() -> None:
+    for parser in REGISTRY.values():
+        assert f"`{parser.name}`" in README
+        for key in parser.keys:
+            assert key == parser.name or f"`{key.replace('.*', '.NAME')}`" in README
