@@ -38,6 +38,6 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
 	echo "setup: preparing the Python environment in .venv"
 	# Anew if there is none that works: interrupted half-way, or made for a Python that an upgrade has replaced.
 	.venv/bin/pip --version &>/dev/null || /usr/bin/python3 -m venv --clear .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	.venv/bin/pip install -qq --disable-pip-version-check --editable '.[test]'
 	echo "$wanted" >$stamp
 fi

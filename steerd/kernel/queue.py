@@ -1,14 +1,12 @@
 """One NFQUEUE, bound by one worker: python-netfilterqueue, with what it leaves to its user.
 
-- Its `run` swallows ENOBUFS and, unless it blocks, drains until the queue is empty, so that a flood would never let
-  go of the loop. `drain` reads a bounded batch and counts overruns.
-- NETLINK_NO_ENOBUFS: a full socket then costs the packets that did not fit, not an error that hides how many; the
-  kernel counts them in /proc/net/netfilter/nfnetlink_queue.
+Its `run` receives and calls back in a loop in C: one recv and one verdict for each packet, and no poll. The queue's
+netlink socket gets a large buffer, and NETLINK_NO_ENOBUFS: a full socket then costs the packets that did not fit, and
+not an error on top; the kernel counts them in /proc/net/netfilter/nfnetlink_queue.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -22,7 +20,6 @@ from steerd.errors import KernelError
 _SOL_NETLINK = 270
 _NETLINK_NO_ENOBUFS = 5
 _SO_RCVBUFFORCE = 33
-_MESSAGE_BYTES = 8192
 
 
 class QueuedPacket(Protocol):
@@ -39,46 +36,20 @@ class Queue:
     """Bound on construction; raises KernelError if another process owns the queue or the kernel refuses."""
 
     def __init__(
-        self,
-        number: int,
-        on_packet: Callable[[QueuedPacket], None],
-        *,
-        length: int,
-        receive_buffer: int,
-        on_overrun: Callable[[], None],
+        self, number: int, on_packet: Callable[[QueuedPacket], None], *, length: int, receive_buffer: int
     ) -> None:
         self._queue = NetfilterQueue()
-        self._on_overrun = on_overrun
         try:
             self._queue.bind(number, on_packet, max_len=length)
         except OSError as error:
             raise KernelError(f"NFQUEUE {number} cannot be bound: {error} (does another process own it?)") from error
-        self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer)
-        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
-        self._socket.setblocking(False)
-        self._left = 0
+        with socket.socket(fileno=os.dup(self._queue.get_fd())) as netlink:
+            netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer)
+            netlink.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
 
-    def fileno(self) -> int:
-        """For poll."""
-        return self._socket.fileno()
-
-    def drain(self, limit: int) -> None:
-        """Hand what waits to the callback, `limit` packets at most; returns when there are no more."""
-        self._left = limit
-        self._queue.run_socket(self)
-
-    def recv(self, _size: int) -> bytes:
-        """For run_socket, which stops at EAGAIN: one netlink message, until the batch is done."""
-        if self._left <= 0:
-            raise BlockingIOError(errno.EAGAIN, "batch done")
-        self._left -= 1
-        try:
-            return self._socket.recv(_MESSAGE_BYTES)
-        except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                self._on_overrun()
-            raise
+    def run(self) -> None:
+        """Hand every packet to the callback, for ever. The callback must not raise: its packet would get no verdict."""
+        self._queue.run()
 
 
 class QueueState(NamedTuple):

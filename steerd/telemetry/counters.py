@@ -20,7 +20,7 @@ from pathlib import Path
 from steerd.errors import SteerdError
 from steerd.model import Reason
 
-_MAGIC = 0x31304453_54454552  # changes whenever the layout does
+_MAGIC = 0x32304453_54454552  # changes whenever the layout does
 _WORKERS_WORD, _GENERATION_WORD = 1, 2
 _HEADER_WORDS = 8
 SLOT_WORDS = 64
@@ -31,9 +31,7 @@ class Extra(enum.IntEnum):
 
     MALFORMED_EXTENSION = 32
     """Packets with a port extension of ours that cannot be read; treated as if they had none."""
-    OVERRUNS = 33
-    """Times the queue's netlink socket was full (ENOBUFS)."""
-    LOADED = 34
+    LOADED = 33
     """Targets put into the kernel's maps."""
 
 
