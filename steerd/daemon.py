@@ -151,8 +151,10 @@ class Daemon:
         self._rules: set[tuple[int, str, int]] = set()
         self._nftables = Nftables()
         self._native_queue = ruleset.has_native_queue()
-        # A reload replaces rules in a thread; whoever looks at them meanwhile would take that for a removal.
+        # A reload replaces rules and aliases in a thread. Whoever looks at them meanwhile would take that for somebody
+        # else's doing, and work against it.
         self._changing_table = asyncio.Lock()
+        self._changing_aliases = asyncio.Lock()
 
     async def run(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT. Raises SteerdError if the start fails; later trouble is logged and mended."""
@@ -260,8 +262,10 @@ class Daemon:
             loop.add_reader(watcher.fileno(), deletion.set)
             try:
                 while True:
+                    # Not asyncio.wait_for: before Python 3.12 it may swallow a cancellation that comes with the event.
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(deletion.wait(), _WATCH_SECONDS)
+                        async with asyncio.timeout(_WATCH_SECONDS):
+                            await deletion.wait()
                     deletion.clear()
                     watcher.read()
                     async with self._changing_table:
@@ -315,17 +319,25 @@ class Daemon:
                 while True:
                     await lost.wait()
                     lost.clear()
-                    if not watcher.read():
-                        continue
-                    changes = await asyncio.to_thread(aliases.reconcile, list(self._config.pools.values()))
-                    if changes.added or changes.routes_added:
-                        self._log.warning(
-                            "aliases were removed by somebody; they are back",
-                            aliases=changes.added,
-                            routes=changes.routes_added,
-                        )
+                    watcher.read()
+                    try:
+                        await self._mend_aliases()
+                    except (SteerdError, OSError) as error:
+                        self._log.error("aliases cannot be mended; trying again", why=str(error))
+                        await asyncio.sleep(_LONGEST_BACK_OFF)
+                        lost.set()
             finally:
                 loop.remove_reader(watcher.fileno())
+
+    async def _mend_aliases(self) -> None:
+        async with self._changing_aliases:
+            changes = await asyncio.to_thread(aliases.reconcile, list(self._config.pools.values()))
+        if changes.added or changes.routes_added:
+            self._log.warning(
+                "aliases were removed by somebody; they are back",
+                aliases=changes.added,
+                routes=changes.routes_added,
+            )
 
     async def _keep_reloading(self) -> None:
         while True:
@@ -333,7 +345,7 @@ class Daemon:
             self._reload.clear()
             try:
                 new = configuration.load(Path(self._config.file))
-                async with self._changing_table:
+                async with self._changing_aliases, self._changing_table:
                     await asyncio.to_thread(self._apply, new)
             except SteerdError as error:
                 self._log.error("not reloaded; the running configuration stays", why=str(error))
