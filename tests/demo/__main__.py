@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tests.netns.gateway import ENDPOINT4 as ENDPOINT
 from tests.netns.lab import Host, link
 
 DAEMONS = 70_000
-ENDPOINT = "203.0.113.10"
 CLIENT = "198.51.100.1"
 FIRST_ALIAS = "10.64.0.0"
 ALIAS_PORT = 7000
@@ -155,7 +155,7 @@ class Demo:
         selector = selectors.DefaultSelector()
         for number in range(CLIENTS):
             process = self.spawn(
-                client, "-m", "tests.demo.client", ENDPOINT, str(FIRST_EXTENDED + number), str(LAST_EXTENDED),
+                client, "-m", "tests.demo.client", str(FIRST_EXTENDED + number), str(LAST_EXTENDED),
                 str(CLIENTS), CLIENT, FIRST_ALIAS, str(ALIAS_PORT), str(FIRST_EXTENDED),
             )  # fmt: skip
             assert process.stdout is not None

@@ -1,6 +1,6 @@
 """One of the demo's clients: connects to extended ports one after the other and holds every answer against its name.
 
-    python -m tests.demo.client HOST FIRST LAST STEP CLIENT-ADDRESS FIRST-ALIAS ALIAS-PORT FIRST-EXTENDED-PORT
+    python -m tests.demo.client FIRST LAST STEP CLIENT-ADDRESS FIRST-ALIAS ALIAS-PORT FIRST-EXTENDED-PORT
 
 Of the extended ports FIRST .. LAST it takes every STEP-th whose TCP port is not 0. It prints "N REACHED WRONG" now and
 then and at the end (N: how many it has tried), and says on standard error what was wrong.
@@ -9,35 +9,18 @@ then and at the end (N: how many it has tried), and says on standard error what 
 from __future__ import annotations
 
 import ipaddress
-import socket
 import sys
 
 from steerd.model import Extension
 from steerd.wire import portext
+from tests.netns.load import ask
 
 _REPORT_EVERY = 250
 _TRIES = 3
 
 
-def ask(host: str, extended_port: int) -> str:
-    """The line that the daemon behind an extended port says."""
-    extension, port = portext.split(extended_port)
-    option = portext.encode_ipv4(Extension(extension, 0), portext.Numbers())
-    with socket.socket() as connection:
-        connection.settimeout(20)
-        connection.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, option)
-        connection.connect((host, port))
-        line = b""
-        while not line.endswith(b"\n"):
-            data = connection.recv(256)
-            if not data:
-                raise ConnectionError(f"closed after {line!r}")
-            line += data
-    return line.decode().strip()
-
-
 def main() -> None:
-    host, first, last, step, client, first_alias, alias_port, first_extended = sys.argv[1:]
+    first, last, step, client, first_alias, alias_port, first_extended = sys.argv[1:]
     base = ipaddress.ip_address(first_alias)
     tried = reached = wrong = 0
     for extended_port in range(int(first), int(last) + 1, int(step)):
@@ -47,7 +30,8 @@ def main() -> None:
         expected = f"{base + (extended_port - int(first_extended))} {alias_port} {client} "
         for attempt in range(_TRIES):
             try:
-                line = ask(host, extended_port)
+                extension, port = portext.split(extended_port)
+                line = ask(4, port, Extension(extension, 0))
             except OSError as error:
                 if attempt == _TRIES - 1:
                     print(f"extended port {extended_port}: {error}", file=sys.stderr)
