@@ -36,13 +36,13 @@ from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
 from steerd.errors import ConfigError, Problem
 from steerd.model import TCP, Condition, Endpoint, IPAddress, IPNetwork, Match, Outcome, Route, Target
+from steerd.wire import portext
 from steerd.wire.dns import type_name
 from steerd.wire.portext import Numbers
 from steerd.wire.registry import REGISTRY
 
 PORT_EXTENSION = "port-extension"
 """The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
-PORT_EXTENSION_KEYS = ("portext.dst", "portext.src", "portext.port")
 
 MAX_REAL_ADDRESSES = {4: 1 << 20, 6: 1 << 14}
 """The most aliases of all pools in mode `addresses`, by address family. The kernel keeps an address and a route for
@@ -839,7 +839,7 @@ def _inspect(words: list[str], path: str, reader: _Reader) -> tuple[str, ...]:
 
 
 def _keys_of(parser: str) -> tuple[str, ...]:
-    return PORT_EXTENSION_KEYS if parser == PORT_EXTENSION else REGISTRY[parser].keys
+    return portext.KEYS if parser == PORT_EXTENSION else REGISTRY[parser].keys
 
 
 def _unextended(raw: _RawService, endpoints: tuple[Endpoint, ...], path: str, reader: _Reader) -> Unextended | None:

@@ -369,8 +369,7 @@ class Daemon:
         for key in fixed:
             if getattr(new.gateway, key) != getattr(self._config.gateway, key):
                 raise SteerdError(f"{new.file}: gateway.{key} changed, which needs a restart of the daemon")
-        old_pools = {f"old {name}": pool for name, pool in self._config.pools.items()}
-        aliases.reconcile([*new.pools.values(), *old_pools.values()])
+        aliases.reconcile([*new.pools.values(), *self._config.pools.values()])
         try:
             self._publish(new)
             self._load_table(new)

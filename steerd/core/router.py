@@ -44,6 +44,7 @@ from typing import NamedTuple
 import msgspec
 
 from steerd.model import IPNetwork, Keys, Match, Route
+from steerd.wire.parser import covers
 
 MAX_KEY = 511
 """The longest key that LMDB takes (`mdb_env_get_maxkeysize`, as built by default)."""
@@ -162,7 +163,7 @@ def count_shapes(routes: Iterable[Route]) -> int:
 def key_rank(key: str, inspect_keys: InspectKeys) -> int | None:
     """The place of a key among all keys of all parsers, in order, counted from 0; None where no parser gives it."""
     for rank, name in enumerate(name for names in inspect_keys for name in names):
-        if key == name or (name.endswith(".*") and len(key) >= len(name) and key.startswith(name[:-1])):
+        if covers(name, key):
             return rank
     return None
 

@@ -18,7 +18,7 @@ lets clients send many at once), updates and notifications, and DNS over TLS or 
 from __future__ import annotations
 
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 _LENGTH = 2
 _HEADER = 12
@@ -72,11 +72,6 @@ TYPES = {
 }
 """Types by number, with the names of IANA's registry "Resource Record (RR) TYPEs" (255 is `*` there, and `ANY` in
 RFC 8482 and every tool). Meta types that nobody asks for and obsolete ones are left out."""
-
-
-def dns_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -141,6 +136,6 @@ PARSER = Parser(
     name="dns",
     keys=("dns.qname", "dns.qtype"),
     bound=BOUND,
-    make=dns_parser,
+    make=always(inspect),
     summary="DNS over TCP: name and type of the first query",
 )

@@ -27,26 +27,17 @@ from __future__ import annotations
 import re
 
 from steerd.model import Answer, Keys
-from steerd.wire.lines import BOUND, Head, Version, absolute_form, host_name, read_head
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.lines import BOUND, Head, Version, absolute_form, host_name, read_keys
+from steerd.wire.parser import Parser, always
 
-__all__ = ["BOUND", "PARSER", "http_parser", "inspect"]
+__all__ = ["BOUND", "PARSER", "inspect"]
 
 _VERSION = Version(re.compile(rb"HTTP/1\.[0-9]"), b"HTTP/1.1")
 
 
-def http_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
-
-
 def inspect(data: bytes) -> Keys | Answer:
     """Keys of the request whose head `data` begins with, or NEED_MORE, or NOT_MINE."""
-    head = read_head(data, _VERSION)
-    if isinstance(head, Answer):
-        return head
-    keys = _keys(head)
-    return Answer.NOT_MINE if keys is None else keys
+    return read_keys(data, _VERSION, _keys)
 
 
 def _keys(head: Head) -> Keys | None:
@@ -90,6 +81,6 @@ PARSER = Parser(
     name="http",
     keys=("http.host", "http.path", "http.method", "http.header.*", "http.cookie.*"),
     bound=BOUND,
-    make=http_parser,
+    make=always(inspect),
     summary="HTTP/1.x: host, path, method, headers and cookies of the first request",
 )

@@ -35,7 +35,7 @@ from steerd.model import Answer, Keys
 from steerd.wire.http import PARSER as HTTP
 from steerd.wire.http import cookies
 from steerd.wire.lines import host_name
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 18432
 """A HEADERS frame of the largest size that a client may use, and 2 KiB for what comes before it."""
@@ -57,11 +57,6 @@ _PATH = re.compile(rb"\*|/[\x21-\x7e\x80-\xff]*")
 # RFC 7541 section 4.2 allows two of them; hpack would work through thousands.
 _THREE_TABLE_SIZES = re.compile(rb"(?:[\x20-\x3e]|\x3f[\x80-\xff]*[\x00-\x7f]){3}")
 _NOT_IN_A_VALUE = re.compile(rb"[\x00\r\n]")
-
-
-def http2_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -206,6 +201,6 @@ PARSER = Parser(
     name="http2",
     keys=HTTP.keys,
     bound=BOUND,
-    make=http2_parser,
+    make=always(inspect),
     summary="HTTP/2 with prior knowledge: host, path, method, headers and cookies of the first request",
 )

@@ -15,9 +15,10 @@ latin-1.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from steerd.model import Answer
+from steerd.model import Answer, Keys
 
 BOUND = 16384
 """More than the limits on a request's head that common servers have by default (8 KiB per line)."""
@@ -58,6 +59,15 @@ def read_head(data: bytes, version: Version) -> Head | Answer:
         return Answer.NEED_MORE if len(data) < BOUND else Answer.NOT_MINE
     head = _split(beginning[: end.start()])
     return Answer.NOT_MINE if head is None else head
+
+
+def read_keys(data: bytes, version: Version, keys_of: Callable[[Head], Keys | None]) -> Keys | Answer:
+    """What `keys_of` finds in the head that `data` begins with (None: malformed), or NEED_MORE, or NOT_MINE."""
+    head = read_head(data, version)
+    if isinstance(head, Answer):
+        return head
+    keys = keys_of(head)
+    return Answer.NOT_MINE if keys is None else keys
 
 
 def _may_begin_a_request(head: bytes, version: Version) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from steerd.model import Answer, Keys
 from steerd.wire.cursor import Cursor, read, require
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 8192
 """Room for the signed skin that BungeeCord forwards; a name alone has at most 255 characters."""
@@ -28,11 +28,6 @@ BOUND = 8192
 _LEGACY_PING = 0xFE
 _HANDSHAKE = 0
 _NEXT = {1: "status", 2: "login", 3: "transfer"}
-
-
-def minecraft_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -68,6 +63,6 @@ PARSER = Parser(
     name="minecraft",
     keys=("minecraft.host", "minecraft.next"),
     bound=BOUND,
-    make=minecraft_parser,
+    make=always(inspect),
     summary="Minecraft Java Edition: host name and next state of the handshake",
 )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from steerd.model import Answer, Keys
 from steerd.wire.cursor import Cursor, MalformedError, read, require
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 16384
 
@@ -27,11 +27,6 @@ _CONNECT = b"\x10"
 _USER, _PASSWORD, _WILL_RETAIN, _WILL_QOS, _WILL, _RESERVED = 0x80, 0x40, 0x20, 0x18, 0x04, 0x01
 _FROM_A_BRIDGE = 0x80
 _VERSIONS = {(b"MQIsdp", 3): "3.1", (b"MQTT", 4): "3.1.1", (b"MQTT", 5): "5"}
-
-
-def mqtt_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -94,6 +89,6 @@ PARSER = Parser(
     name="mqtt",
     keys=("mqtt.client", "mqtt.user", "mqtt.version"),
     bound=BOUND,
-    make=mqtt_parser,
+    make=always(inspect),
     summary="MQTT 3.1, 3.1.1 and 5: client identifier, user name and version of CONNECT",
 )

@@ -31,13 +31,21 @@ class Parser(NamedTuple):
     """Bytes after which it has made up its mind."""
     make: Callable[[tuple[str, ...]], Inspect]
     """From the values (without `*`) that a service's routes compare this parser's keys with, to the function that
-    inspects. Only `prefix` looks at them. Raises ValueError, with a sentence, for a value that can never match."""
+    inspects. Only `prefix` and `regex` look at them. Raises ValueError, with a sentence, for a value that can never
+    match."""
     summary: str
     """One line for `steerd --help` and the documentation."""
 
     def gives(self, key: str) -> bool:
         """Whether a key is one of this parser's: `http.header.accept` is one of `http.header.*`."""
-        return any(
-            key.startswith(known[:-1]) and len(key) >= len(known) if known.endswith(".*") else key == known
-            for known in self.keys
-        )
+        return any(covers(known, key) for known in self.keys)
+
+
+def covers(known: str, key: str) -> bool:
+    """Whether `known`, a key or a family such as `http.header.*`, is or contains a key."""
+    return key == known or (known.endswith(".*") and len(key) >= len(known) and key.startswith(known[:-1]))
+
+
+def always(inspect: Inspect) -> Callable[[tuple[str, ...]], Inspect]:
+    """For `Parser.make`: the same function, whatever a service's routes look for."""
+    return lambda _patterns: inspect

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from steerd.model import Answer, Keys
 from steerd.wire.cursor import Cursor, read, require
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 10000
 """MAX_STARTUP_PACKET_LENGTH in src/include/libpq/pqcomm.h."""
@@ -32,11 +32,6 @@ _PARAMETERS = {
     b"database": "postgres.database",
     b"application_name": "postgres.application",
 }
-
-
-def postgres_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -83,6 +78,6 @@ PARSER = Parser(
     name="postgres",
     keys=("postgres.database", "postgres.user", "postgres.application", "postgres.request"),
     bound=BOUND,
-    make=postgres_parser,
+    make=always(inspect),
     summary="PostgreSQL: database, user and application of a client without TLS; requests for TLS, GSSAPI, cancelling",
 )

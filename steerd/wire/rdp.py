@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from steerd.model import Answer, Keys
 from steerd.wire.cursor import Cursor, read, require
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 259
 """4 bytes TPKT, the length indicator, and at most 254 bytes that it counts (ISO 8073 section 13.2.1)."""
@@ -30,11 +30,6 @@ _CONNECTION_REQUEST = b"\xe0"
 _NEGOTIATION_REQUEST = b"\x01"
 _COOKIE = b"Cookie: mstshash="
 _TOKEN = b"Cookie: msts="
-
-
-def rdp_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -70,6 +65,6 @@ PARSER = Parser(
     name="rdp",
     keys=("rdp.cookie", "rdp.token"),
     bound=BOUND,
-    make=rdp_parser,
+    make=always(inspect),
     summary="Remote Desktop: the user's cookie or the routing token of the connection request",
 )

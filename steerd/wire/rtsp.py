@@ -22,24 +22,15 @@ from __future__ import annotations
 import re
 
 from steerd.model import Answer, Keys
-from steerd.wire.lines import BOUND, Head, Version, absolute_form, host_name, read_head
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.lines import BOUND, Head, Version, absolute_form, host_name, read_keys
+from steerd.wire.parser import Parser, always
 
 _VERSION = Version(re.compile(rb"RTSP/[12]\.[0-9]"), b"RTSP/1.0")
 
 
-def rtsp_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
-
-
 def inspect(data: bytes) -> Keys | Answer:
     """Keys of the request whose head `data` begins with, or NEED_MORE, or NOT_MINE."""
-    head = read_head(data, _VERSION)
-    if isinstance(head, Answer):
-        return head
-    keys = _keys(head)
-    return Answer.NOT_MINE if keys is None else keys
+    return read_keys(data, _VERSION, _keys)
 
 
 def _keys(head: Head) -> Keys | None:
@@ -70,6 +61,6 @@ PARSER = Parser(
     name="rtsp",
     keys=("rtsp.host", "rtsp.path", "rtsp.method", "rtsp.session", "rtsp.header.*"),
     bound=BOUND,
-    make=rtsp_parser,
+    make=always(inspect),
     summary="RTSP 1.0 and 2.0: host, path, method, session id and headers of the first request",
 )

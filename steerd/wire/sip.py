@@ -24,8 +24,8 @@ from __future__ import annotations
 import re
 
 from steerd.model import Answer, Keys
-from steerd.wire.lines import BOUND, Head, Version, host_name, read_head
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.lines import BOUND, Head, Version, host_name, read_keys
+from steerd.wire.parser import Parser, always
 
 _VERSION = Version(re.compile(rb"SIP/2\.0"), b"SIP/2.0")
 _ONCE = {"to": "to", "t": "to", "from": "from", "f": "from", "call-id": "call-id", "i": "call-id"}
@@ -35,18 +35,9 @@ _URI = re.compile(r"(?i:sips?):(?:([^@:]*)(?::[^@]*)?@)?([^@;?]*)(?:[;?].*)?", r
 _NAME_ADDR = re.compile(r'(?:"(?:[^"\\]|\\.)*")?[^"<>]*<([^<>]*)>.*', re.DOTALL)
 
 
-def sip_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
-
-
 def inspect(data: bytes) -> Keys | Answer:
     """Keys of the request whose head `data` begins with, or NEED_MORE, or NOT_MINE."""
-    head = read_head(data, _VERSION)
-    if isinstance(head, Answer):
-        return head
-    keys = _keys(head)
-    return Answer.NOT_MINE if keys is None else keys
+    return read_keys(data, _VERSION, _keys)
 
 
 def message(data: bytes) -> Keys | None:
@@ -105,6 +96,6 @@ PARSER = Parser(
     name="sip",
     keys=("sip.host", "sip.user", "sip.method", "sip.to", "sip.from", "sip.call-id"),
     bound=BOUND,
-    make=sip_parser,
+    make=always(inspect),
     summary="SIP over TCP: host and user called, method, To, From and Call-ID of the first request",
 )

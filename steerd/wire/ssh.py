@@ -21,18 +21,13 @@ from __future__ import annotations
 import re
 
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 255
 
 _BEGINNING = b"SSH-"
 _LINE_SO_FAR = re.compile(rb"[\x20-\x7e\x80-\xff]*\r?")
 _LINE = re.compile(rb"SSH-([0-9]+\.[0-9]+)-([\x21-\x7e\x80-\xff]+)(?: ([\x20-\x7e\x80-\xff]*))?\r?")
-
-
-def ssh_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -55,6 +50,6 @@ PARSER = Parser(
     name="ssh",
     keys=("ssh.client", "ssh.comments", "ssh.version"),
     bound=BOUND,
-    make=ssh_parser,
+    make=always(inspect),
     summary="SSH: the client's software and its version",
 )

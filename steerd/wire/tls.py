@@ -27,7 +27,7 @@ import re
 import struct
 
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import Parser, always
 
 BOUND = 18432
 """A hello of 16 KiB (a post-quantum one has 2 KiB) and the headers of some hundred records."""
@@ -51,11 +51,6 @@ _VERSIONS = {b"\x03\x01": "1.0", b"\x03\x02": "1.1", b"\x03\x03": "1.2", b"\x03\
 _TLS_1_2 = b"\x03\x03"
 _GREASE = frozenset(bytes([value, value]) for value in range(0x0A, 0x100, 0x10))
 _NOT_IN_A_NAME = re.compile(rb"[\x00-\x20\x7f]")
-
-
-def tls_parser(_patterns: tuple[str, ...] = ()) -> Inspect:
-    """The inspecting function; routes make no difference to it."""
-    return inspect
 
 
 def inspect(data: bytes) -> Keys | Answer:
@@ -214,6 +209,6 @@ PARSER = Parser(
     name="tls",
     keys=("tls.sni", "tls.alpn", "tls.alpn.*", "tls.version"),
     bound=BOUND,
-    make=tls_parser,
+    make=always(inspect),
     summary="TLS: server name (SNI), application protocols (ALPN) and version of the ClientHello",
 )
