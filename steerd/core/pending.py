@@ -9,16 +9,22 @@ answers with a step, a tuple of actions. The last one says what becomes of this 
   of `first`, carrying the mark, stands for it; then `data` from `first.seq` on follows, and behind it a FIN if `fin`.
 - `Hold`: drop it; a copy is kept, and the client need not hear of it.
 - `Acknowledge`: drop it, and tell the client that its bytes up to `ack` are here (the client is waiting for that).
-- `ForwardRaw`: drop it and send the same bytes through the raw socket. Its connection is decided already.
+- `ForwardRaw`: drop it and send the same bytes through the raw socket. Its connection is decided already. If the kernel
+  did not open that connection after all (it still held an old one), call `forget` and ask again.
 - `Drop`: drop it. Only the reason is of interest, for a counter.
 - `GiveUp`: drop it; this connection will not be decided. If `reset`, answer with a reset of your own, since what the
   client sent will not come again. Otherwise answer as `unmatched` says, by way of the kernel, which checks the cookie.
 
 Before it there may be an `Evict`: something older was forgotten to make room; count it, do nothing. `expire` gives a
-GiveUp for every connection whose time is over; call it when `next_deadline` has passed, and after every batch. `now`
-is in seconds and never goes back. `inspect(packet, data)` is asked with all bytes from the presumed beginning on,
-without a gap, and answers NEED_MORE or the decision. It must keep the contract of `wire.parser`: once decided, more
-bytes change nothing. `inspect` and `limits` may be replaced at any time (a reload).
+GiveUp for every connection whose time is over, or a `Silence` if its client has said nothing; call it when
+`next_deadline` has passed, and now and then. `now` is in seconds and never goes back. `inspect(packet, data)` is asked
+with all bytes from the presumed beginning on, without a gap, and answers NEED_MORE or the decision. It must keep the
+contract of `wire.parser`: once decided, more bytes change nothing. `patience(packet)` is asked once for a connection
+that has to wait. All three, with `limits`, may be replaced at any time (a reload).
+
+**Silent clients.** Where the server speaks first, patience says so, and the ACK that ends a client's handshake is held
+like a first segment of no bytes. If nothing follows in time, `expire` gives a Silence: an ACK made from the header of
+`first`, with the mark of the target for silent clients, opens the connection.
 
 **Which bytes are the beginning?** Only the SYN cookie knows the client's initial sequence number, and only the kernel
 can check the cookie. So the lowest sequence number seen with one ACK number (cookie + 1, hence the same in all segments
@@ -92,8 +98,6 @@ class Limits(NamedTuple):
     """Undecided connections of one source: an IPv4 address, or an IPv6 /64."""
     connections: int = 4096
     """Undecided connections of all sources together."""
-    seconds: float = 10.0
-    """From a connection's first segment to its decision."""
     remembered: int = 32768
     """Connections that were decided or given up."""
     remember_seconds: float = 10.0
@@ -103,6 +107,15 @@ class Limits(NamedTuple):
     SYN after one second (RFC 6298 section 2)."""
     attempts: int = 3
     """Sights of the same first packet, `settle_seconds` apart, of which the last draws a reset."""
+
+
+class Patience(NamedTuple):
+    """How long a connection may stay undecided."""
+
+    seconds: float
+    """From its first segment on."""
+    for_silence: bool
+    """A client that says nothing is of interest: it has a target of its own."""
 
 
 class Why(enum.Enum):
@@ -115,7 +128,7 @@ class Why(enum.Enum):
     TOTAL = "total"
     """There are `connections`. Evicted: the oldest. Dropped: all of them are acknowledged."""
     TIME = "time"
-    """Not decided within `seconds`."""
+    """Not decided within the service's patience."""
     CONFLICT = "conflict"
     """Two segments disagree about a byte, or about where the client's data ends."""
     ENDED = "ended"
@@ -148,6 +161,8 @@ class Decide(msgspec.Struct, Generic[D], frozen=True, gc=False):
     """The client's FIN directly follows `data`."""
     alone: bool
     """The queued packet is `first`, and `data` is its payload (or a beginning of it)."""
+    attempt: int = 1
+    """2 and more: decided before, but the client repeats itself, since the connection was not opened, or died at once."""
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
@@ -190,6 +205,13 @@ class GiveUp(msgspec.Struct, frozen=True):
     """Bytes were acknowledged, or the kernel refuses the cookie: only a reset of the worker's own ends it."""
 
 
+class Silence(msgspec.Struct, frozen=True):
+    """The client completed its handshake and said nothing in time."""
+
+    first: Packet
+    """The ACK that ended the handshake."""
+
+
 Action = Decide[D] | Acknowledge | Hold | ForwardRaw | Drop | Evict | GiveUp
 Step = tuple[Action[D], ...]
 Inspect = Callable[[Packet, bytes], D | Literal[Answer.NEED_MORE]]
@@ -215,11 +237,11 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
 class _Undecided:
     """One connection whose bytes do not suffice yet. Offsets count from the presumed beginning, `first.seq`."""
 
-    __slots__ = ("acknowledged", "attempts", "buffer", "deadline", "end", "first", "ranges", "sights")
+    __slots__ = ("acknowledged", "attempts", "buffer", "end", "first", "ranges", "seconds", "sights")
 
-    def __init__(self, first: Packet, deadline: float, attempts: int) -> None:
+    def __init__(self, first: Packet, seconds: float, attempts: int) -> None:
         self.first = first
-        self.deadline = deadline
+        self.seconds = seconds
         self.attempts = attempts
         self.sights = 0
         self.acknowledged = 0
@@ -281,12 +303,14 @@ class _Undecided:
 class Pending(Generic[D]):
     """All undecided connections of one worker. See the top of the file for how it is used."""
 
-    def __init__(self, limits: Limits, inspect: Inspect[D]) -> None:
+    def __init__(self, limits: Limits, inspect: Inspect[D], patience: Callable[[Packet], Patience]) -> None:
         self.limits = limits
         self.inspect = inspect
-        # In the order of their first segments, hence of their deadlines. OrderedDict, because the oldest entry of a
-        # dict from which the oldest was often removed is found only by walking over the holes.
-        self._undecided: OrderedDict[_Key, _Undecided] = OrderedDict()
+        self.patience = patience
+        self._undecided: dict[_Key, _Undecided] = {}
+        # Deadlines, in ascending order: a queue for each length of patience that is in use. OrderedDict, because the
+        # oldest entry of a dict from which the oldest was often removed is found only by walking over the holes.
+        self._deadlines: dict[float, OrderedDict[_Key, float]] = {}
         self._evictable: OrderedDict[_Key, None] = OrderedDict()
         self._sources: dict[bytes, OrderedDict[_Key, None]] = {}
         # Two generations, of which the older one is thrown away whole: remembering costs one entry and no clean-up. An
@@ -314,7 +338,7 @@ class Pending(Generic[D]):
 
         `cut`: the copy ends before the packet does. Then a FIN is not where the copy ends; it is left to be repeated.
         """
-        key = (packet.src, packet.sport, packet.dst, packet.dport, packet.ack)
+        key = _key(packet)
         connection = self._undecided.get(key)
         if connection is not None:
             return self._next(key, connection, packet, now, cut)
@@ -323,26 +347,37 @@ class Pending(Generic[D]):
             return self._again(key, known, packet, now, cut)
         return self._first(key, packet, now, cut, 1)
 
-    def expire(self, now: float) -> list[GiveUp]:
-        """Forget what is too old; a GiveUp for each connection that was not decided in time."""
-        given_up = []
-        while self._undecided:
-            key, connection = next(iter(self._undecided.items()))
-            if connection.deadline > now:
-                break
-            given_up.append(self._give_up(key, connection, Why.TIME, now))
+    def forget(self, packet: Packet) -> None:
+        """Forget that this packet's connection was decided: the next `segment` judges it afresh."""
+        key = _key(packet)
+        self._known.pop(key, None)
+        self._older.pop(key, None)
+
+    def expire(self, now: float) -> list[GiveUp | Silence]:
+        """Forget what is too old; one action for each connection that was not decided in time."""
+        overdue: list[GiveUp | Silence] = []
+        for deadlines in list(self._deadlines.values()):
+            while deadlines:
+                key, deadline = next(iter(deadlines.items()))
+                if deadline > now:
+                    break
+                connection = self._undecided[key]
+                if connection.ranges:
+                    overdue.append(self._give_up(key, connection, Why.TIME, now))
+                else:
+                    self._forget(key, connection)
+                    self._remember(key, _known(connection, now, given_up=False), now)
+                    overdue.append(Silence(connection.first))
         age = now - self._known_since
         if age >= self.limits.remember_seconds:
             if age >= 2 * self.limits.remember_seconds:
                 self._known = {}
             self._turn_over(now)
-        return given_up
+        return overdue
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to give up; None if nothing waits. Mere forgetting is worth no wake-up."""
-        for connection in self._undecided.values():
-            return connection.deadline
-        return None
+        return min((next(iter(queue.values())) for queue in self._deadlines.values()), default=None)
 
     # ---- a packet of a connection that is unknown, undecided, or known ----
 
@@ -352,25 +387,32 @@ class Pending(Generic[D]):
         if flags & _CONTROL != ACK:
             return _DROP[Why.CLIENT_RESET if flags & RST else Why.NO_DATA]
         if not payload:
-            return _DROP[Why.FIN_ALONE if flags & FIN else Why.NO_DATA]
+            if flags & FIN:
+                return _DROP[Why.FIN_ALONE]
+            patience = self.patience(packet)
+            return self._wait(key, packet, b"", patience, now, attempts) if patience.for_silence else _DROP[Why.NO_DATA]
         limit = self.limits.connection_bytes
         data = payload if len(payload) <= limit else payload[:limit]
         fin = bool(flags & FIN) and not cut and data is payload
         decision = self.inspect(packet, data)
         if decision is not Answer.NEED_MORE:
             self._remember(key, _Known(now, packet.seq, packet.seq, attempts, False), now)
-            return (Decide(decision, packet, data, fin, True),)
+            return (Decide(decision, packet, data, fin, True, attempts),)
         if fin or len(data) >= limit:
             self._remember(key, _Known(now, packet.seq, packet.seq, attempts, True), now)
             return (GiveUp(Why.ENDED if fin else Why.BYTES, packet, False),)
+        return self._wait(key, packet, data, self.patience(packet), now, attempts)
 
+    def _wait(self, key: _Key, packet: Packet, data: bytes, patience: Patience, now: float, attempts: int) -> Step[D]:
         room = self._make_room(_source(packet))
         if isinstance(room, Drop):
             return (room,)
-        connection = _Undecided(packet, now + self.limits.seconds, attempts)
-        connection.sights = 1
-        connection.put(0, data)
+        connection = _Undecided(packet, patience.seconds, attempts)
+        if data:
+            connection.sights = 1
+            connection.put(0, data)
         self._undecided[key] = connection
+        self._deadlines.setdefault(patience.seconds, OrderedDict())[key] = now + patience.seconds
         self._evictable[key] = None
         self._sources.setdefault(_source(packet), OrderedDict())[key] = None
         return (room, *_HOLD) if room else _HOLD
@@ -389,6 +431,10 @@ class Pending(Generic[D]):
         fin = bool(flags & FIN) and not cut
         if flags & _CONTROL != ACK or not (payload or fin):
             return _DROP[Why.NO_DATA]
+        if payload and not connection.ranges and offset == 0:
+            # The first word of a client that was silent so far.
+            self._forget(key, connection)
+            return self._first(key, packet, now, cut, connection.attempts)
         if offset >= _BEHIND:
             if connection.acknowledged or not payload:
                 return _DROP[Why.OUTSIDE]
@@ -417,7 +463,7 @@ class Pending(Generic[D]):
             if decision is not Answer.NEED_MORE:
                 self._forget(key, connection)
                 self._remember(key, _known(connection, now, given_up=False), now)
-                return (Decide(decision, connection.first, data, connection.end == after, False),)
+                return (Decide(decision, connection.first, data, connection.end == after, False, connection.attempts),)
         if connection.end == after:
             return (self._give_up(key, connection, Why.ENDED, now),)
         if after >= limit:
@@ -483,6 +529,10 @@ class Pending(Generic[D]):
 
     def _forget(self, key: _Key, connection: _Undecided) -> None:
         del self._undecided[key]
+        deadlines = self._deadlines[connection.seconds]
+        del deadlines[key]
+        if not deadlines:
+            del self._deadlines[connection.seconds]
         self._evictable.pop(key, None)
         source = _source(connection.first)
         own = self._sources[source]
@@ -498,6 +548,10 @@ class Pending(Generic[D]):
     def _turn_over(self, now: float) -> None:
         """The older generation is forgotten, the younger one becomes the older."""
         self._older, self._known, self._known_since = self._known, {}, now
+
+
+def _key(packet: Packet) -> _Key:
+    return packet.src, packet.sport, packet.dst, packet.dport, packet.ack
 
 
 def _source(packet: Packet) -> bytes:

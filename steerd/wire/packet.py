@@ -33,7 +33,7 @@ MAX_EXTENSION_HEADERS = 8
 
 _IPV4 = Struct("!BxH2xHxB2x4s4s").unpack_from
 _IPV6 = Struct("!4xHBx16s16s").unpack_from
-_TCP = Struct("!HHIIBB").unpack_from
+_TCP = Struct("!HHIIBBH").unpack_from
 _UDP = Struct("!HHH").unpack_from
 _new = tuple.__new__
 
@@ -60,6 +60,8 @@ class Packet(NamedTuple):
     """All option bytes of the TCP header (0 to 40)."""
     payload: bytes
     """What TCP or UDP carries, as far as it was copied; padding behind the packet's own length is not in it."""
+    window: int = 0
+    """The TCP window field as it stands, unscaled."""
 
 
 def parse(data: bytes) -> Packet | None:
@@ -95,7 +97,7 @@ def parse(data: bytes) -> Packet | None:
         held = end if end < size else size
         if start + 20 > held:
             return None
-        sport, dport, seq, ack, offset, flags = _TCP(data, start)
+        sport, dport, seq, ack, offset, flags, window = _TCP(data, start)
         options = start + 20
         body = start + (offset >> 4) * 4
         if not options <= body <= held:
@@ -103,7 +105,7 @@ def parse(data: bytes) -> Packet | None:
         packet: Packet = _new(
             Packet,
             (version, src, dst, TCP, sport, dport, flags, seq, ack, ip_options, dst_options,
-             data[options:body], data[body:held]),
+             data[options:body], data[body:held], window),
         )  # fmt: skip
         return packet
     if protocol == UDP:

@@ -21,7 +21,9 @@ from steerd.core.pending import (
     GiveUp,
     Hold,
     Limits,
+    Patience,
     Pending,
+    Silence,
     Why,
 )
 from steerd.model import TCP, Answer
@@ -79,7 +81,9 @@ class Gateway:
     """The worker and the kernel around `pending`, for one client that says `payload`, perhaps with a FIN behind it."""
 
     def __init__(self, inspect: Callable[[bytes], Wanted], payload: bytes, start: int, fin: bool, limits: Limits):
-        self.pending: Pending[Decision] = Pending(limits, lambda _first, data: inspect(data))
+        self.pending: Pending[Decision] = Pending(
+            limits, lambda _first, data: inspect(data), lambda _: Patience(1e6, False)
+        )
         self.payload, self.start, self.fin = payload, start, fin
         self.arrived: set[int] = set()
         self.acknowledged = 0
@@ -170,7 +174,7 @@ def test_any_cut_any_order_any_overlap(
                 gateway.receive(low, min(low + size, len(payload)), now)
     if not whole_arrives:
         assert gateway.outcome is None
-        assert [action.why for action in gateway.pending.expire(now + 20)] == [Why.TIME]
+        assert [action.why for action in gateway.pending.expire(now + 2e6)] == [Why.TIME]
         return
     gateway.check_outcome(inspect)
 
@@ -191,7 +195,7 @@ def test_a_real_sender_over_a_lossy_path(
     """A sender by the book, seen from its timers: new data as Nagle and the window allow; nothing heard: one tail loss
     probe (RFC 8985), then its first unacknowledged segment, again and again (RFC 6298). Any of its packets may be
     lost, and any acknowledgement; packets that are sent together may change places."""
-    gateway = Gateway(inspect, payload, start, fin, Limits(connection_bytes=1000, seconds=1e6))
+    gateway = Gateway(inspect, payload, start, fin, Limits(connection_bytes=1000))
     needs_more_for_ever = not fin and inspect(payload) is Answer.NEED_MORE
     writes = data.draw(st.lists(st.integers(1, 40), max_size=6))  # sizes of what the program writes, one a turn
     written = heard = sent = silent = 0
@@ -239,11 +243,12 @@ TIGHT = Limits(
     connection_bytes=24,
     source_connections=3,
     connections=6,
-    seconds=3.0,
     remembered=10,
     remember_seconds=2.0,
     settle_seconds=0.5,
 )
+
+LONGEST_PATIENCE = 3.0
 
 anything = st.tuples(
     st.sampled_from(SOURCES),
@@ -257,11 +262,14 @@ anything = st.tuples(
 
 
 @settings(max_examples=800, deadline=None)
-@given(st.lists(anything, max_size=60), st.sampled_from(INSPECTORS), st.sampled_from([0, 3, MODULUS - 4]))
+@given(
+    st.lists(anything, max_size=60), st.sampled_from(INSPECTORS), st.sampled_from([0, 3, MODULUS - 4]), st.booleans()
+)
 def test_bounds_hold_and_what_is_inspected_is_what_is_delivered(
     packets: list[tuple[bytes, int, int, bytes, int, float, bool]],
     inspect: Callable[[bytes], Wanted],
     start: int,
+    for_silence: bool,
 ) -> None:
     """Conflicting bytes, FINs and RSTs anywhere, far jumps: an attacker who knows his own ACK number."""
     inspected: list[bytes] = []
@@ -271,15 +279,18 @@ def test_bounds_hold_and_what_is_inspected_is_what_is_delivered(
         inspected.append(data)
         return inspect(data)
 
-    pending: Pending[Decision] = Pending(TIGHT, asked)
+    def patience(packet: Packet) -> Patience:
+        return Patience(LONGEST_PATIENCE if packet.src < SOURCES[2] else 1.0, for_silence)
+
+    pending: Pending[Decision] = Pending(TIGHT, asked, patience)
     said: dict[tuple[bytes, int], set[tuple[int, int]]] = {}
     now = 0.0
     for src, ack, offset, payload, flags, pause, cut in packets:
         now += pause
-        for given_up in pending.expire(now):
-            assert given_up.why is Why.TIME
+        for action in pending.expire(now):
+            assert for_silence if isinstance(action, Silence) else action.why is Why.TIME
         deadline = pending.next_deadline()
-        assert deadline is None or now < deadline <= now + TIGHT.seconds
+        assert deadline is None or now < deadline <= now + LONGEST_PATIENCE
         packet = segment(start + offset, payload, flags, ack, src)
         bytes_said = said.setdefault((src, ack), set())
         bytes_said.update(((packet.seq + index) % MODULUS, byte) for index, byte in enumerate(payload))
@@ -305,9 +316,9 @@ def test_bounds_hold_and_what_is_inspected_is_what_is_delivered(
         assert pending.held_bytes <= TIGHT.connections * TIGHT.connection_bytes
         assert pending.remembered <= TIGHT.remembered
         assert (pending.next_deadline() is None) == (len(pending) == 0)
-    pending.expire(now + TIGHT.seconds)
+    pending.expire(now + LONGEST_PATIENCE)
     assert (len(pending), pending.held_bytes, pending.next_deadline()) == (0, 0, None)
-    pending.expire(now + 2 * TIGHT.seconds + 2 * TIGHT.remember_seconds)
+    pending.expire(now + 2 * LONGEST_PATIENCE + 2 * TIGHT.remember_seconds)
     assert pending.remembered == 0
     # Whatever went before, every source has its full room again.
     room = [pending.segment(segment(0, b"GET", 0, ack, src), now + 100) for src in SOURCES[:2] for ack in range(3)]
@@ -325,7 +336,9 @@ def test_of_two_hellos_at_most_one_is_seen_and_that_one_is_delivered(
     position %= len(payload)
     other = payload[:position] + bytes([payload[position] ^ 1]) + payload[position + 1 :]
     pending: Pending[bytes] = Pending(
-        Limits(), lambda _first, got: got if len(got) == len(payload) else Answer.NEED_MORE
+        Limits(),
+        lambda _first, got: got if len(got) == len(payload) else Answer.NEED_MORE,
+        lambda _first: Patience(10.0, False),
     )
     held: set[int] = set()
     for low, high in data.draw(cuts(len(payload))):

@@ -18,7 +18,9 @@ from steerd.core.pending import (
     GiveUp,
     Hold,
     Limits,
+    Patience,
     Pending,
+    Silence,
     Step,
     Why,
 )
@@ -44,8 +46,9 @@ def line(_first: Packet, data: bytes) -> str | Literal[Answer.NEED_MORE]:
     return head.decode("latin-1") if newline else Answer.NEED_MORE
 
 
-def made(**limits: Any) -> Pending[str]:
-    return Pending(Limits()._replace(**limits), line)
+def made(seconds: float = 10.0, for_silence: bool = False, **limits: Any) -> Pending[str]:
+    patience = Patience(seconds, for_silence)
+    return Pending(Limits()._replace(**limits), line, lambda _packet: patience)
 
 
 def decided(step: Step[str]) -> Decide[str]:
@@ -470,10 +473,64 @@ def test_what_brings_nothing_new_is_not_inspected() -> None:
         asked.append(data)
         return Answer.NEED_MORE
 
-    held: Pending[str] = Pending(Limits(), never_enough)
+    held: Pending[str] = Pending(Limits(), never_enough, lambda _packet: Patience(10.0, False))
     for offset, data in ((0, b"hel"), (0, b"hel"), (1, b"e"), (5, b"x"), (3, b"l"), (2, b"l")):
         held.segment(segment(offset, data), 1.0)
     assert asked == [b"hel", b"hell"]
+
+
+# ---- silent clients ----
+
+
+def test_a_silent_client_is_held_only_where_it_is_of_interest() -> None:
+    assert made().segment(segment(0), 1.0) == (Drop(Why.NO_DATA),)
+    held, first = made(for_silence=True, seconds=0.5), segment(0)
+    assert held.segment(first, 1.0) == HOLD
+    assert held.next_deadline() == 1.5
+    assert held.expire(1.4) == []
+    assert held.expire(1.5) == [Silence(first)]
+    assert (len(held), held.next_deadline()) == (0, None)
+    # What it says now belongs to a connection that is open.
+    assert held.segment(segment(0, b"late\n"), 1.6) == FORWARD
+
+
+def test_a_client_that_speaks_in_time_is_judged_by_what_it_says() -> None:
+    held, spoken = made(for_silence=True), segment(0, b"hello\n")
+    held.segment(segment(0), 1.0)
+    assert held.segment(spoken, 2.0) == (Decide("hello", spoken, b"hello\n", False, True),)
+    assert held.expire(100.0) == []
+
+
+def test_a_client_that_begins_and_stops_is_not_silent() -> None:
+    held = made(for_silence=True)
+    held.segment(segment(0), 1.0)
+    held.segment(segment(0, b"hel"), 2.0)
+    assert held.expire(12.0) == [GiveUp(Why.TIME, segment(0, b"hel"), False)]
+
+
+def test_a_silent_client_that_closes_is_given_up_at_once() -> None:
+    held = made(for_silence=True)
+    held.segment(segment(0), 1.0)
+    assert held.segment(segment(0, flags=FIN), 1.1) == (GiveUp(Why.ENDED, segment(0), False),)
+
+
+def test_each_length_of_patience_has_its_own_order() -> None:
+    held = made()
+    held.patience = lambda packet: Patience(float(packet.ack), False)
+    for ack, now in ((9, 1.0), (3, 2.0), (9, 3.0)):
+        held.segment(segment(0, b"hel", ack=ack), now)
+    held.segment(segment(0, b"hel", ack=4), 3.0)
+    assert held.next_deadline() == 5.0
+    assert [action.first.ack for action in held.expire(7.0)] == [3, 4]
+    assert held.next_deadline() == 10.0
+
+
+def test_what_is_forgotten_is_judged_afresh() -> None:
+    held, first = made(), segment(0, b"hello\n")
+    decided(held.segment(first, 1.0))
+    assert held.segment(first, 1.1) == FORWARD
+    held.forget(first)
+    assert decided(held.segment(first, 1.2)).attempt == 1
 
 
 def test_limits_and_inspect_may_be_replaced() -> None:

@@ -37,7 +37,7 @@ def expected(version: int, header: Any, **fields: Any) -> Packet:
     record = Packet(
         version=version, src=socket.inet_pton(family, header["src"]), dst=socket.inet_pton(family, header["dst"]),
         protocol=TCP_NUMBER, sport=40000, dport=443, flags=0xC2, seq=0xFFFFFFFE, ack=1,
-        ip_options=b"", dst_options=b"", tcp_options=SYN_OPTIONS, payload=b"",
+        ip_options=b"", dst_options=b"", tcp_options=SYN_OPTIONS, payload=b"", window=8192,
     )  # fmt: skip
     return record._replace(**fields)
 
@@ -71,7 +71,7 @@ def test_a_payload_may_be_cut_short_by_the_copy() -> None:
 
 @pytest.mark.parametrize(("version", "header"), [(4, IP(**V4)), (6, IPv6(**V6))])
 def test_udp(version: int, header: Any) -> None:
-    fields = {"protocol": UDP_NUMBER, "flags": 0, "seq": 0, "ack": 0, "tcp_options": b"", "payload": b"hello"}
+    fields = {"protocol": UDP_NUMBER, "flags": 0, "seq": 0, "ack": 0, "tcp_options": b"", "payload": b"hello", "window": 0}
     built = bytes(header / UDP(sport=40000, dport=443) / Raw(b"hello"))
     assert parse(built) == expected(version, V4 if version == 4 else V6, **fields)
     assert parse(built + b"padding") == parse(built)
