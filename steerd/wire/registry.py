@@ -6,7 +6,7 @@ its import and its place in the tuple. Tests sweep this registry, so that a new 
 
 from __future__ import annotations
 
-from steerd.wire import dns, http, http2, minecraft, mqtt, postgres, prefix, rdp, regex, rtsp, sip, ssh, tls
+from steerd.wire import dns, http, http2, minecraft, mqtt, postgres, prefix, proxy, rdp, regex, rtsp, sip, ssh, tls
 from steerd.wire.parser import Inspect, Parser
 
 __all__ = ["REGISTRY", "Inspect", "Parser"]
@@ -25,6 +25,7 @@ REGISTRY: dict[str, Parser] = {
         tls.PARSER,
         ssh.PARSER,
         dns.PARSER,
+        proxy.PARSER,
         prefix.PARSER,
         regex.PARSER,
     )
