@@ -4,21 +4,29 @@
 #
 # The table comes from steerd.nft beside this script and nowhere else. Its placeholders are filled in here exactly as
 # `steerd` does it; the sets (endpoints, aliases, targets) stay empty until the daemon fills them.
+#
+# The sysctls that late steering needs come from the list `sysctls` beside this script. What they were before is kept in
+# DIR/sysctls, one line each: NAME, the value before steerd's first change, the value that steerd has set. Values that
+# are still steerd's are put back by --uninstall. steerd/kernel/sysctls.py does the same with the same file.
 set -eu
 
 usage() {
 	cat <<'USAGE'
 usage: install.sh [ACTION] [OPTION...]
 
-  (no action)        load the table; loading it again changes rules only and keeps sets, counters and chain admit
-  --check            say whether the kernel would take it; changes nothing
+  (no action)        load the table; loading it again changes rules only and keeps sets, counters and chain admit;
+                     set the sysctls that late steering needs
+  --check            say whether the kernel would take it, and which sysctls differ; changes nothing
   --print            print what would be loaded; changes nothing
-  --uninstall        remove the table, and the queue rules of the fall-back, whole
+  --uninstall        remove the table, and the queue rules of the fall-back, whole; set the sysctls back
 
   --mark-bits L-H    the bits of the packet mark that are ours (8-31); the same as gateway.mark_bits
   --queues N         workers, one queue each (1); the same as gateway.workers
   --first-queue N    number of the first queue (21300); the same as gateway.first_queue
   --set NAME=VALUE   another placeholder of steerd.nft, such as SOURCE_RATE=5000
+  --run-dir DIR      where the old values of sysctls are kept (/run/steerd); the same as gateway.run_dir; each network
+                     namespace needs its own
+  --no-sysctl        leave the sysctls as they are: enough if no service reads payloads
   --native, --fallback
                      with the kernel's `queue` statement, or by way of iptables-nft; found out by asking the kernel
 USAGE
@@ -33,7 +41,7 @@ die() {
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 here=$(cd "$(dirname "$0")" && pwd)
 template=$here/steerd.nft
-action=install low=8 high=31 queues=1 first_queue=21300 queueing=ask overrides=
+action=install low=8 high=31 queues=1 first_queue=21300 queueing=ask run_dir=/run/steerd sysctls=yes overrides=
 
 # integer NAME VALUE LOWEST HIGHEST: a whole number in a range, or the end.
 integer() {
@@ -46,12 +54,14 @@ while [ $# -gt 0 ]; do
 	case $1 in
 	--check | --print | --uninstall) action=${1#--} ;;
 	--native | --fallback) queueing=${1#--} ;;
-	--mark-bits | --queues | --first-queue | --set)
+	--no-sysctl) sysctls=no ;;
+	--mark-bits | --queues | --first-queue | --set | --run-dir)
 		[ $# -ge 2 ] || die "$1 needs a value"
 		case $1 in
 		--mark-bits) low=${2%-*} high=${2#*-} ;;
 		--queues) queues=$2 ;;
 		--first-queue) first_queue=$2 ;;
+		--run-dir) run_dir=$2 ;;
 		--set)
 			sed -n 's/^#! __\([A-Z0-9_]*\)__ *[0-9][0-9]* .*/\1/p' "$template" | grep -Fxq -e "${2%%=*}" ||
 				die "steerd.nft has no number called ${2%%=*}"
@@ -72,6 +82,8 @@ integer "--mark-bits (high end)" "$high" "$low" 31
 [ $((high - low)) -ge 19 ] || die "--mark-bits must be at least 20 bits wide, not $((high - low + 1))"
 integer --queues "$queues" 1 64
 integer --first-queue "$first_queue" 0 $((65536 - queues))
+case $run_dir in /*) ;; *) die "--run-dir must be an absolute path, not '$run_dir'" ;; esac
+saved=$run_dir/sysctls
 
 hex() { printf '0x%08x' "$1"; }
 mask=$((((1 << (high - low + 1)) - 1) << low))
@@ -103,6 +115,7 @@ render() {
 	set -- \
 		-e "s/__MASK__/$(hex $mask)/g" -e "s/__CLEAR__/$(hex $clear)/g" \
 		-e "s/__RESET__/$(hex $((1 << low)))/g" -e "s/__PASS__/$(hex $((2 << low)))/g" \
+		-e "s/__OURS__/$(hex $((3 << low)))/g" -e "s/__ASK__/$(hex $((4 << low)))/g" \
 		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . tcp sport')")/" \
 		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . tcp sport')")/"
 	for pair in $overrides; do
@@ -144,6 +157,84 @@ install_fallback() {
 	done
 }
 
+sysctl_file() { echo "/proc/sys/$(echo "$1" | tr . /)"; }
+sysctl_now() { cat "$(sysctl_file "$1")" 2>/dev/null || echo missing; }
+sysctl_set() { echo "$2" 2>/dev/null >"$(sysctl_file "$1")" || die "sysctl $1 cannot be set to $2"; }
+
+# sysctl_fits NOW CONDITION VALUE: whether a value is as the list wants it.
+sysctl_fits() {
+	[ "$1" != missing ] || return 1
+	case $2 in
+	is) [ "$1" -eq "$3" ] ;;
+	at-least) [ "$1" -ge "$3" ] ;;
+	at-least-or-0) [ "$1" -eq 0 ] || [ "$1" -ge "$3" ] ;;
+	*) die "$here/sysctls: '$2' is no condition" ;;
+	esac
+}
+
+# Say what is not as the list wants it, and why it should be; end if it must be so and cannot.
+report_sysctls() {
+	while read -r name need condition value reason; do
+		case $name in '#'* | '') continue ;; esac
+		now=$(sysctl_now "$name")
+		! sysctl_fits "$now" "$condition" "$value" || continue
+		case $condition in is) want=$value ;; *) want="at least $value" ;; esac
+		if [ -w "$(sysctl_file "$name")" ]; then
+			echo "sysctl $name is $now, $need be $want: $reason"
+		else
+			said="sysctl $name is $now, $need be $want, and cannot be set here: $reason"
+			[ "$need" = should ] || die "$said"
+			echo "$said"
+		fi
+	done <"$here/sysctls"
+}
+
+# One at a time, the daemon included: two that save and set in turn would take each other's value for the old one.
+lock_sysctls() {
+	mkdir -p "$run_dir"
+	exec 9<"$run_dir"
+	flock 9
+	[ ! -e "$saved" ] || ! grep -vEq '^[a-z0-9_.]+ [0-9]+ [0-9]+$' "$saved" ||
+		die "$saved must have lines of a name and two numbers: set the sysctls back by hand and remove it"
+}
+
+# save_sysctl NAME NOW VALUE: the value before the first change stays, whoever has changed it since.
+save_sysctl() {
+	first=$(sed -n "s/^$1 \([0-9]*\) .*/\1/p" "$saved")
+	sed "/^$1 /d" "$saved" >"$saved.new"
+	echo "$1 ${first:-$2} $3" >>"$saved.new"
+	mv "$saved.new" "$saved"
+}
+
+set_sysctls() {
+	lock_sysctls
+	while read -r name _ condition value _; do
+		case $name in '#'* | '') continue ;; esac
+		now=$(sysctl_now "$name")
+		! sysctl_fits "$now" "$condition" "$value" || continue
+		[ -w "$(sysctl_file "$name")" ] || continue
+		[ -e "$saved" ] || : >"$saved"
+		save_sysctl "$name" "$now" "$value"
+		sysctl_set "$name" "$value"
+		echo "sysctl $name is changed from $now to $value"
+	done <"$here/sysctls"
+}
+
+restore_sysctls() {
+	[ ! -d "$run_dir" ] || lock_sysctls
+	[ -e "$saved" ] || return 0
+	while read -r name first ours; do
+		now=$(sysctl_now "$name")
+		if [ "$now" = "$ours" ]; then
+			sysctl_set "$name" "$first"
+			echo "sysctl $name is changed from $ours to $first"
+		else
+			echo "sysctl $name is $now, not $ours as steerd had set it, and is left alone"
+		fi
+	done <"$saved"
+	rm "$saved"
+}
+
 command -v nft >/dev/null 2>&1 || die "nft is not installed"
 if [ "$queueing" = ask ]; then
 	if kernel_has_queue; then queueing=native; else queueing=fallback; fi
@@ -153,9 +244,17 @@ case $action in
 print) render ;;
 check)
 	render | nft --check -f -
+	[ $sysctls = no ] || report_sysctls
 	echo "ok: the kernel takes the table (queue: $queueing)"
 	;;
 install)
+	if [ $sysctls = yes ]; then
+		# A table that the kernel refuses must not have changed anything. Besides, asking has nf_conntrack loaded, before
+		# which its sysctls do not exist.
+		render | nft --check -f -
+		report_sysctls
+		set_sysctls
+	fi
 	# First the rules that take marked packets, then the table that marks them: in between nothing is let through.
 	if [ "$queueing" = native ]; then remove_fallback; else install_fallback; fi
 	render | nft -f -
@@ -164,6 +263,7 @@ install)
 uninstall)
 	printf 'add table inet steerd\ndelete table inet steerd\n' | nft -f -
 	remove_fallback
+	[ $sysctls = no ] || restore_sysctls
 	echo "table inet steerd is gone"
 	;;
 esac
