@@ -90,6 +90,16 @@ class Timeouts(Struct, frozen=True):
     close: _Seconds = 2
 
 
+class Pending(Struct, frozen=True):
+    """Bounds on connections whose first payload does not suffice yet, for each worker."""
+
+    connection_bytes: Annotated[int, Meta(ge=1 << 15, le=1 << 20)] = 1 << 15
+    """Bytes of one connection. No parser wants more than the least that is allowed here."""
+    source_connections: Annotated[int, Meta(ge=1, le=1 << 20)] = 64
+    """Connections of one IPv4 address, or one IPv6 /64."""
+    connections: Annotated[int, Meta(ge=1, le=1 << 20)] = 4096
+
+
 class Gateway(Struct, frozen=True):
     """What concerns the whole machine."""
 
@@ -108,6 +118,7 @@ class Gateway(Struct, frozen=True):
     """0: off; N: one of N decisions is logged."""
     limits: Limits
     timeouts: Timeouts
+    pending: Pending
     port_extension: Numbers
 
 
@@ -124,12 +135,14 @@ class ExtensionPool(Struct, frozen=True):
 
 
 class Unextended(enum.StrEnum):
-    """What becomes of a SYN without extension at an endpoint that inspects the port extension."""
+    """What becomes of a SYN without extension."""
 
     PASS = "pass"
     """Left to the gateway's own socket."""
     DEFAULT = "default"
     UNMATCHED = "unmatched"
+    INSPECT = "inspect"
+    """The kernel answers it, and the first payload decides."""
 
 
 class Service(Struct, frozen=True):
@@ -141,12 +154,22 @@ class Service(Struct, frozen=True):
     default: tuple[Target, ...]
     """At most one of each address family; empty: none."""
     unmatched: Outcome
-    """RESET or DROP."""
-    unextended: Unextended | None
-    """None: `inspect` does not name the port extension."""
+    """RESET, DROP or ALERT."""
+    unextended: Unextended
+    """INSPECT wherever `inspect` names a payload parser, unless it says otherwise. Where it names nothing, DEFAULT or
+    UNMATCHED."""
+    first_payload_timeout: float
+    """Seconds."""
+    on_silence: tuple[Target, ...]
+    """At most one of each address family; empty: who says nothing is of no interest."""
     extension_pool: ExtensionPool | None
     routes: tuple[Route, ...]
     """Without duplicates and ties."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether connections without an extension are decided by their first payload."""
+        return self.unextended is Unextended.INSPECT
 
     @property
     def key_order(self) -> tuple[tuple[str, ...], ...]:
@@ -222,6 +245,7 @@ class _RawGateway(Struct):
     access_log: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    pending: Pending = Pending()
     port_extension: _RawPortExtension = msgspec.field(default_factory=_RawPortExtension)
 
 
@@ -255,8 +279,10 @@ class _RawService(Struct):
     endpoints: list[str]
     inspect: list[str] = []
     default: Any = None
-    unmatched: Literal["reset", "drop"] = "reset"
-    unextended: Literal["pass", "default", "unmatched"] | None = None
+    unmatched: Literal["reset", "drop", "tls-alert"] = "reset"
+    unextended: Literal["inspect", "pass", "default", "unmatched"] | None = None
+    first_payload_timeout: Annotated[float, Meta(ge=0.01, le=600)] | None = None
+    on_silence: Any = None
     extension_pool: _RawExtensionPool | None = None
     routes: list[_RawRoute] = []
 
@@ -391,7 +417,7 @@ def _described(kind: Any) -> str:
     kind = _without_none(kind)
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return f"a whole number from {args[1].ge} to {args[1].le}"
+        return f"a {'whole ' if args[0] is int else ''}number from {args[1].ge} to {args[1].le}"
     if origin in (Union, types.UnionType):
         return " or ".join(_described(part) for part in args)
     if origin is Literal:
@@ -671,6 +697,7 @@ def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
         access_log=raw.access_log,
         limits=raw.limits,
         timeouts=raw.timeouts,
+        pending=raw.pending,
         port_extension=numbers,
     )
 
@@ -799,12 +826,21 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     path = _join("services", name)
     endpoints = tuple(scene.endpoints[name].values())
     inspect = _inspect(raw.inspect, f"{path}.inspect", reader)
-    unextended = _unextended(raw, endpoints, path, reader)
+    unextended = _unextended(raw, inspect, endpoints, path, reader)
     # Where an endpoint is wrong, nothing can be said about the families of them all.
     versions: set[int] = {4, 6} if reader.is_bad(f"{path}.endpoints") else {e.address.version for e in endpoints}
     default: tuple[Target, ...] = ()
     if raw.default is not None:
         default = _targets(raw.default, f"{path}.default", versions, scene)
+    on_silence: tuple[Target, ...] = ()
+    if raw.on_silence is not None:
+        on_silence = _targets(raw.on_silence, f"{path}.on_silence", versions, scene)
+    if unextended is not Unextended.INSPECT and not reader.is_bad(f"{path}.inspect"):
+        for key in ("on_silence", "first_payload_timeout"):
+            if getattr(raw, key) is not None:
+                reader.problem(f"{path}.{key}", "Means nothing unless first payloads are inspected: name a parser.")
+    if unextended is not Unextended.INSPECT and raw.unmatched == "tls-alert" and not reader.is_bad(f"{path}.inspect"):
+        reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no first payload is inspected; name "tls" in inspect.')
     extension_pool = _extension_pool(raw, path, versions, scene)
     routes = _routes(raw.routes, path, inspect, versions, scene)
     ways = {"routes": raw.routes, "default": raw.default, "extension_pool": raw.extension_pool}
@@ -817,6 +853,8 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         default=default,
         unmatched=Outcome(raw.unmatched),
         unextended=unextended,
+        first_payload_timeout=10.0 if raw.first_payload_timeout is None else raw.first_payload_timeout,
+        on_silence=on_silence,
         extension_pool=extension_pool,
         routes=routes,
     )
@@ -842,24 +880,30 @@ def _keys_of(parser: str) -> tuple[str, ...]:
     return portext.KEYS if parser == PORT_EXTENSION else REGISTRY[parser].keys
 
 
-def _unextended(raw: _RawService, endpoints: tuple[Endpoint, ...], path: str, reader: _Reader) -> Unextended | None:
+def _unextended(
+    raw: _RawService, inspect: tuple[str, ...], endpoints: tuple[Endpoint, ...], path: str, reader: _Reader
+) -> Unextended:
     key = f"{path}.unextended"
-    if PORT_EXTENSION not in raw.inspect:
-        if raw.unextended is not None and not reader.is_bad(f"{path}.inspect"):
-            reader.problem(key, f'Means nothing unless inspect names "{PORT_EXTENSION}".')
-        return None
-    if raw.unextended is None:
-        ranges = [endpoint for endpoint in endpoints if endpoint.first_port != endpoint.last_port]
-        if ranges and not reader.is_bad(key):
-            reader.problem(
-                key,
-                f"Is missing; since {ranges[0]} is a port range, it must be written out: "
-                '"pass", "default" or "unmatched".',
-            )
-        return Unextended.UNMATCHED
+    inspects_payload = any(parser != PORT_EXTENSION for parser in inspect)
+    if raw.unextended is not None and PORT_EXTENSION not in raw.inspect and not reader.is_bad(f"{path}.inspect"):
+        reader.problem(key, f'Means nothing unless inspect names "{PORT_EXTENSION}".')
+    if raw.unextended == "inspect" and not inspects_payload and not reader.is_bad(f"{path}.inspect"):
+        reader.problem(key, 'Is "inspect", but inspect names no parser that reads a first payload.')
     if raw.unextended == "default" and raw.default is None:
         reader.problem(key, 'Is "default", but the service has no default target.')
-    return Unextended(raw.unextended)
+    if raw.unextended is not None:
+        return Unextended(raw.unextended)
+    if inspects_payload:
+        return Unextended.INSPECT
+    if PORT_EXTENSION not in inspect:
+        return Unextended.DEFAULT if raw.default is not None else Unextended.UNMATCHED
+    ranges = [endpoint for endpoint in endpoints if endpoint.first_port != endpoint.last_port]
+    if ranges and not reader.is_bad(key):
+        reader.problem(
+            key,
+            f'Is missing; since {ranges[0]} is a port range, it must be written out: "pass", "default" or "unmatched".',
+        )
+    return Unextended.UNMATCHED
 
 
 def _extension_pool(raw: _RawService, path: str, versions: set[int], scene: _Scene) -> ExtensionPool | None:

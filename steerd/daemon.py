@@ -23,12 +23,13 @@ from typing import IO, NamedTuple
 import msgspec
 
 from steerd import config as configuration
-from steerd.config import Config
+from steerd.config import Config, Service, Unextended
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
-from steerd.kernel import aliases, listeners, queue, ruleset
+from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
+from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
-from steerd.model import Reason
+from steerd.model import Endpoint, Reason
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
@@ -40,8 +41,8 @@ _QUEUE_REPORT_SECONDS = 60.0
 _FIRST_BACK_OFF, _LONGEST_BACK_OFF, _FORGIVEN_SECONDS = 0.1, 5.0, 10.0
 
 
-def settings_of(config: Config) -> ruleset.Settings:
-    """What the table's placeholders say under this configuration."""
+def settings_of(config: Config, measured: Handshake) -> ruleset.Settings:
+    """What the table's placeholders say under this configuration, on this machine."""
     gateway = config.gateway
     return ruleset.Settings(
         mark=gateway.mark,
@@ -58,18 +59,25 @@ def settings_of(config: Config) -> ruleset.Settings:
         syn_recv=gateway.timeouts.syn_recv,
         time_wait=gateway.timeouts.time_wait,
         close=gateway.timeouts.close,
+        mss4=measured.mss4,
+        mss6=measured.mss6,
+        wscale=measured.window_scale,
     )
 
 
 def contents_of(config: Config) -> ruleset.Contents:
     """What the table's sets hold under this configuration."""
-    endpoints = tuple(endpoint for service in config.services for endpoint in service.endpoints)
+
+    def of(chosen: Callable[[Service], bool]) -> tuple[Endpoint, ...]:
+        return tuple(endpoint for service in config.services if chosen(service) for endpoint in service.endpoints)
+
+    endpoints = of(lambda _service: True)
     return ruleset.Contents(
         endpoints=endpoints,
         early=endpoints,
-        every_syn=tuple(
-            endpoint for service in config.services if service.unextended != "pass" for endpoint in service.endpoints
-        ),
+        every_syn=of(lambda service: service.unextended in (Unextended.DEFAULT, Unextended.UNMATCHED)),
+        late=of(lambda service: service.is_late),
+        silent=of(lambda service: bool(service.on_silence)),
         pools=tuple(config.pools.values()),
         wildcard=(
             *((target, target.port) for target in config.wildcard),
@@ -125,10 +133,12 @@ def take_lock(run_dir: str) -> Lock:
 
 
 def down(config: Config) -> aliases.Changes:
-    """Remove the table and all aliases; raises SteerdError while a daemon runs, which would put them back."""
+    """Remove the table and all aliases, and set sysctls back; raises SteerdError while a daemon runs, which would put
+    them back."""
     lock = take_lock(config.gateway.run_dir)
     try:
         ruleset.remove()
+        sysctls.restore(Path(config.gateway.run_dir))
         return aliases.remove_all()
     finally:
         lock.release()
@@ -298,10 +308,20 @@ class Daemon:
         return counted
 
     def _load_table(self, config: Config, *, empty_targets: bool = False) -> None:
-        ruleset.load(settings_of(config), contents_of(config), native=self._native_queue, empty_targets=empty_targets)
+        if any(service.is_late for service in config.services):
+            self._set_sysctls(config)
+        settings = settings_of(config, handshake.measure())
+        ruleset.load(settings, contents_of(config), native=self._native_queue, empty_targets=empty_targets)
         self._rules = ruleset.our_rules(self._nftables)
         self._wildcard_ports = set()
         self._set_wildcard_ports()
+
+    def _set_sysctls(self, config: Config) -> None:
+        """What late steering needs; told before it is done, since some of it is felt on the whole host."""
+        for difference in sysctls.check():
+            self._log.info("sysctl", what=str(difference))
+        for change in sysctls.apply(Path(config.gateway.run_dir)):
+            self._log.info("sysctl", what=str(change))
 
     def _set_wildcard_ports(self) -> None:
         ports = listeners.wildcard_ports()

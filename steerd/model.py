@@ -39,6 +39,19 @@ class Extension(NamedTuple):
     src: int
 
 
+class Flow(NamedTuple):
+    """The 4-tuple of a TCP connection as its client sends it: packed addresses, ports in host byte order."""
+
+    src: bytes
+    sport: int
+    dst: bytes
+    dport: int
+
+    @property
+    def version(self) -> int:
+        return 4 if len(self.src) == 4 else 6
+
+
 class Endpoint(NamedTuple):
     """A public `address:port/proto`, or an inclusive range of ports on one address."""
 
@@ -103,9 +116,9 @@ class Reason(enum.IntEnum):
     ARITHMETIC = 1
     """`extension_pool` mapped the extension onto a pool."""
     DEFAULT = 2
-    """Keys were found, nothing matched them, and the service has a default target."""
+    """No route matched what was found, and the service has a default target."""
     UNMATCHED = 3
-    """Keys were found, nothing matched them, and the service has no default target."""
+    """No route matched what was found, and the service has no default target."""
     UNEXTENDED_PASS = 4
     """No extension, and `unextended = "pass"`: left to the gateway's own socket."""
     UNEXTENDED_DEFAULT = 5
@@ -122,6 +135,21 @@ class Reason(enum.IntEnum):
     """The kernel refused the target's map element: dropped, since the packet could only have gone astray."""
     FAULT = 11
     """An exception while deciding: dropped, counted, logged once."""
+    LATE = 12
+    """A SYN that looked as if it carried an extension, or Fast Open data that do not suffice: its first payload will
+    decide."""
+    SILENCE = 13
+    """The client said nothing for `first_payload_timeout`, and the service has a target for that."""
+    TOO_LONG = 14
+    """A first payload of `pending_bytes` does not suffice for a decision."""
+    TOO_SLOW = 15
+    """A first payload did not suffice within `first_payload_timeout`."""
+    CONFLICT = 16
+    """Two segments of a first payload disagree about a byte or about its end."""
+    ENDED = 17
+    """The client closed before its first payload sufficed."""
+    UNANSWERED = 18
+    """The client repeats a first payload that was decided already, and nothing came of it."""
 
 
 class Outcome(enum.Enum):
@@ -131,3 +159,7 @@ class Outcome(enum.Enum):
     PASS = "pass"
     RESET = "reset"
     DROP = "drop"
+    ALERT = "tls-alert"
+    """A TLS alert `unrecognized_name` to who speaks TLS, and a reset."""
+    LATE = "late"
+    """A SYN that the kernel answers by itself; the first payload will decide."""

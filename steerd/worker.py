@@ -22,9 +22,11 @@ from steerd.control.registry import Reader
 from steerd.core.engine import Decision, Engine
 from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, SteerdError
+from steerd.kernel import handshake
 from steerd.kernel.nftables import Nftables
 from steerd.kernel.queue import Queue, QueuedPacket
 from steerd.kernel.ruleset import target_elements
+from steerd.late import DROP, TICK_SECONDS, Late, Verdict
 from steerd.model import Outcome, Reason
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra
@@ -32,6 +34,7 @@ from steerd.wire import packet as wire
 
 READY = b"ready\n"
 _PR_SET_PDEATHSIG = 1
+_CONTROL = wire.SYN | wire.ACK
 _COLLECT_EVERY = 100_000
 # Faults are logged once each; a client that can cause many different ones must not fill the disk.
 _MAX_FAULTS_LOGGED = 100
@@ -65,8 +68,10 @@ class Worker:
         self._nftables = Nftables()
         self._faults: set[str] = set()
         self._until_logged = settings.access_log
+        self._late = Late(self._settle, self._slot, self._nftables)
         self._refresh()
         self._queue = self._bind()
+        self._waiting = False
 
     def _bind(self) -> Queue:
         deadline = time.monotonic() + _BIND_SECONDS
@@ -91,6 +96,7 @@ class Worker:
         # The registry gives no id that does not fit, so the hot path need not ask `field` again.
         self._clear, self._shift = ~self._mark.mask & 0xFFFFFFFF, self._mark.shift
         self._engine = Engine(plan, self._reader.route)
+        self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
         self._loaded: set[int] = set()
         # Last, so that after a failure every packet tries again: the old plan's probes, looked up among the new plan's
         # routes, could lead to a wrong daemon.
@@ -102,28 +108,71 @@ class Worker:
         gc.freeze()
         # Decisions make no cycles. What an exception leaves behind can wait.
         gc.set_threshold(_COLLECT_EVERY)
-        self._queue.run()
+        while True:
+            self._queue.run()
+            try:
+                self._late.expire(time.monotonic())
+            except Exception as error:
+                self._on_fault(error)
+            self._follow_up()
 
     def _on_packet(self, queued: QueuedPacket) -> None:
         try:
-            goes_on = self._decide(queued)
+            verdict = self._judge(queued)
         except Exception as error:  # whatever it was: this packet is lost, the next one is not
             self._on_fault(error)
-            goes_on = False
-        if goes_on:
-            queued.accept()
-        else:
+            self._late.after.clear()
+            verdict = DROP
+        if verdict.id is None:
             queued.drop()
+        else:
+            if verdict.payload is not None:
+                queued.set_payload(verdict.payload)
+            queued.set_mark(queued.get_mark() & self._clear | verdict.id << self._shift)
+            queued.accept()
+        self._follow_up()
 
-    def _decide(self, queued: QueuedPacket) -> bool:
-        """Decide and mark a packet; returns whether it goes on or is to be dropped."""
+    def _follow_up(self) -> None:
+        """Do what had to wait for the verdict, and see to it that the time of those who wait is noticed."""
+        if self._late.after:
+            for task in self._late.after:
+                try:
+                    task()
+                except OSError as error:  # a firewall in output, no memory: this one is lost, and the client repeats
+                    self._slot[Extra.NOT_SENT] += 1
+                    self._log_once(f"a packet of the worker's own was not sent: {error}")
+                except Exception as error:
+                    self._on_fault(error)
+            self._late.after.clear()
+        if self._waiting != bool(self._late):
+            self._waiting = not self._waiting
+            self._queue.wait_at_most(TICK_SECONDS if self._waiting else 0)
+
+    def _judge(self, queued: QueuedPacket) -> Verdict:
+        """What becomes of a packet."""
         if self._counters.generation != self._generation:
             self._refresh()
-        packet = wire.parse(queued.get_payload())
+        raw = queued.get_payload()
+        packet = wire.parse(raw)
         if packet is None:
             self._slot[Reason.NOT_READABLE] += 1
-            return False
-        decision = self._engine.decide_syn(packet)
+            return DROP
+        if packet.flags & _CONTROL != wire.SYN:
+            return self._late.judge(packet, raw)
+        decision = self._settle(packet, self._engine.decide_syn(packet))
+        match decision.outcome:
+            case Outcome.STEER:
+                return Verdict(decision.target_id)
+            case Outcome.PASS:
+                return Verdict(PASS_ID)
+            case Outcome.RESET | Outcome.ALERT:
+                return Verdict(RESET_ID)
+            case Outcome.LATE:
+                return self._late.syn(packet)
+        return DROP
+
+    def _settle(self, packet: wire.Packet, decision: Decision) -> Decision:
+        """Have the kernel know the decision's target, count and log it; returns the decision that counts then."""
         if decision.outcome is Outcome.STEER and decision.target_id not in self._loaded:
             decision = self._load(decision)
         self._slot[decision.reason] += 1
@@ -134,16 +183,7 @@ class Worker:
             if not self._until_logged:
                 self._until_logged = self._settings.access_log
                 self._log_decision(packet, decision)
-
-        if decision.outcome is Outcome.DROP:
-            return False
-        mark = queued.get_mark() & self._clear
-        if decision.outcome is Outcome.STEER:
-            mark |= decision.target_id << self._shift
-        else:
-            mark |= (RESET_ID if decision.outcome is Outcome.RESET else PASS_ID) << self._shift
-        queued.set_mark(mark)
-        return True
+        return decision
 
     def _load(self, decision: Decision) -> Decision:
         """See to it that the kernel can translate to the decision's target; without that, the packet is dropped."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from steerd.config import Config, Service, Unextended
+from steerd.config import PORT_EXTENSION, Config, Service, Unextended
 from steerd.errors import Problem, SteerdError
 from steerd.kernel import host, listeners
 from steerd.model import Endpoint, IPAddress
@@ -182,7 +182,7 @@ def _own_listeners(config: Config) -> Iterator[Problem]:
             )
             for port in sorted(ports):
                 name = names.get((packed, port)) or _wildcard_name(names, version, port)
-                passing = ', or set unextended = "pass"' if service.unextended is not None else ""
+                passing = ', or set unextended = "pass"' if PORT_EXTENSION in service.inspect else ""
                 yield Problem(
                     key,
                     f"The range {endpoint} covers port {port}, on which {name} listens: connections to it are steered"

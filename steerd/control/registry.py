@@ -36,6 +36,7 @@ from steerd.core.engine import (
     TargetIds,
 )
 from steerd.core.marks import FIRST_TARGET_ID
+from steerd.core.pending import Limits
 from steerd.core.pools import Block
 from steerd.core.router import compile_routes
 from steerd.errors import RegistryError
@@ -56,6 +57,7 @@ _UNEXTENDED = {
     Unextended.PASS: Reason.UNEXTENDED_PASS,
     Unextended.DEFAULT: Reason.UNEXTENDED_DEFAULT,
     Unextended.UNMATCHED: Reason.UNEXTENDED_UNMATCHED,
+    Unextended.INSPECT: Reason.LATE,
 }
 
 
@@ -121,6 +123,7 @@ class Registry:
                     for e in service.endpoints
                 ],
                 services=services,
+                pending=Limits(*msgspec.structs.astuple(config.gateway.pending)),
             )
             txn.put(b"plan", msgspec.msgpack.encode(plan), db=self._plan)
         return plan
@@ -151,14 +154,10 @@ class Registry:
             mapping=mapping,
             default=ids.for_targets(service.default),
             unmatched=service.unmatched,
-            unextended=_UNEXTENDED[_unextended(service)],
+            unextended=_UNEXTENDED[service.unextended],
+            first_payload_timeout=service.first_payload_timeout,
+            on_silence=ids.for_targets(service.on_silence) if service.on_silence else None,
         )
-
-
-def _unextended(service: Service) -> Unextended:
-    """What a SYN with nothing to go by means to a service; one that reads no extension cannot say it, and means its
-    default, if it has one."""
-    return service.unextended or (Unextended.DEFAULT if service.default else Unextended.UNMATCHED)
 
 
 def _patterns(parser: Parser, routes: Iterable[Route]) -> set[str]:

@@ -3,23 +3,27 @@
 A plan is a configuration after compilation: target ids instead of addresses, probes instead of routes. The main
 process writes it into the registry, every worker reads it from there, and both see the same one.
 
-How a SYN is decided:
+How a SYN, or the first payload of a connection, is decided:
 1. The endpoint it was sent to names the service.
-2. The service's parsers are asked in `inspect` order; their keys are put together. A payload parser that needs more
-   bytes than a SYN holds (Fast Open) gives nothing here and holds back those behind it.
-3. The best route for these keys and this source wins (core.router says which is best). Without one, `extension_pool`
-   maps the extension by arithmetic. Without that, `unextended` speaks for a SYN that carries nothing to go by, and
-   `default` or `unmatched` for one that does.
+2. The service's payload parsers are asked in `inspect` order. The first one that recognises its protocol is the last
+   one that is asked; `prefix` and `regex`, which recognise none, only add their keys. One that needs more bytes is
+   waited for, and holds back those behind it: the answer must not depend on how the bytes were cut into segments.
+3. The best route for these keys, the extension's and the source wins (core.router says which is best). Without one,
+   `extension_pool` maps the extension by arithmetic. Without that, `default` or `unmatched`.
+
+A SYN that has neither an extension nor enough data (Fast Open) says too little for that. At a *late* service its first
+payload will decide; elsewhere `unextended` speaks for it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
+from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup
 from steerd.model import Answer, Extension, Keys, Outcome, Reason
 from steerd.wire import portext
@@ -99,7 +103,11 @@ class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
     default: TargetIds
     unmatched: Outcome
     unextended: Reason
-    """One of the three UNEXTENDED_* reasons."""
+    """One of the three UNEXTENDED_* reasons, or LATE."""
+    first_payload_timeout: float
+    """Seconds."""
+    on_silence: TargetIds | None
+    """None: a client that says nothing is of no interest."""
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):
@@ -110,6 +118,8 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     numbers: portext.Numbers
     endpoints: list[EndpointPlan]
     services: list[ServicePlan]
+    pending: Limits
+    """Bounds on undecided connections."""
 
 
 class Decision(NamedTuple):
@@ -137,7 +147,9 @@ class _Service(NamedTuple):
 
     number: int
     plan: ServicePlan
-    inspectors: list[Inspect]
+    inspectors: list[tuple[Inspect, bool]]
+    """Each with whether it is exclusive."""
+    routes_source_extensions: bool
 
 
 class Engine:
@@ -147,7 +159,12 @@ class Engine:
         self._get = get
         self._numbers = plan.numbers
         self._services = [
-            _Service(index, service, [REGISTRY[p.name].make(tuple(p.patterns)) for p in service.payload_parsers])
+            _Service(
+                index,
+                service,
+                [_inspector(parser) for parser in service.payload_parsers],
+                any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
+            )
             for index, service in enumerate(plan.services)
         ]
         self._ranges: dict[tuple[bytes, int], _Ranges] = {}
@@ -158,7 +175,7 @@ class Engine:
             ranges.service.append(endpoint.service)
 
     def decide_syn(self, packet: Packet) -> Decision:
-        """Decide for a SYN, whether it carries an extension, data, both or nothing."""
+        """Decide for a SYN, whether it carries an extension, data, both or nothing. Outcome LATE: not yet."""
         service = self._service_at(packet)
         if service is None:
             return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
@@ -167,10 +184,63 @@ class Engine:
         found = portext.find(packet, self._numbers) if plan.reads_extension else None
         malformed = found is portext.MALFORMED
         extension = found if isinstance(found, Extension) else NOT_EXTENDED
-        keys = portext.keys(extension, packet.dport)
-        payload_keys = _inspect(service.inspectors, packet.payload) if packet.payload else {}
-        keys |= payload_keys
+        extended = extension.dst or (extension.src and service.routes_source_extensions)
+        keys, enough = _inspect(service.inspectors, packet.payload) if packet.payload else ({}, False)
+        if plan.unextended is Reason.LATE and not (extended or enough):
+            return Decision(Outcome.LATE, Reason.LATE, NO_TARGET, plan.name, keys, malformed)
+        otherwise = plan.unextended
+        if extension.dst or keys or plan.unextended is Reason.LATE:
+            otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
+        keys |= portext.keys(extension, packet.dport)
+        return self._choose(service, packet, keys, extension, otherwise, malformed)
 
+    def decide_first(self, packet: Packet, data: bytes) -> Decision | Literal[Answer.NEED_MORE]:
+        """Decide by the first payload of a connection: `data`, from its first byte on. `packet` is any of its segments.
+
+        Once it has decided, more bytes change nothing.
+        """
+        service = self._service_at(packet)
+        if service is None or service.plan.unextended is not Reason.LATE:
+            return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+        keys, enough = _inspect(service.inspectors, data)
+        if not enough:
+            return Answer.NEED_MORE
+        otherwise = Reason.DEFAULT if service.plan.default != TargetIds() else Reason.UNMATCHED
+        return self._choose(service, packet, keys, NOT_EXTENDED, otherwise, False)
+
+    def decide_silence(self, packet: Packet) -> Decision:
+        """Decide for a client that completed its handshake and said nothing in time."""
+        service = self._service_at(packet)
+        if service is None or service.plan.on_silence is None:
+            return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+        ids = service.plan.on_silence
+        return self._steer(service.plan, Reason.SILENCE, ids.ipv4 if packet.version == 4 else ids.ipv6, {}, False)
+
+    def give_up(self, packet: Packet, reason: Reason) -> Decision:
+        """What `unmatched` says to a connection that cannot be decided, for this reason."""
+        service = self._service_at(packet)
+        if service is None:
+            return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+        return Decision(service.plan.unmatched, reason, NO_TARGET, service.plan.name)
+
+    def patience(self, packet: Packet) -> Patience:
+        """How long a connection's first payload is waited for, and whether its absence means something."""
+        service = self._service_at(packet)
+        if service is None:
+            return Patience(0.0, False)
+        return Patience(service.plan.first_payload_timeout, service.plan.on_silence is not None)
+
+    def _choose(
+        self,
+        service: _Service,
+        packet: Packet,
+        keys: Keys,
+        extension: Extension,
+        otherwise: Reason,
+        malformed: bool,
+    ) -> Decision:
+        """The best route; else arithmetic; else what `otherwise` says."""
+        plan = service.plan
         if plan.probes:
             entry = lookup(service.number, plan.probes, keys, packet.src, self._get)
             if entry is not None:
@@ -180,16 +250,12 @@ class Engine:
             target_id = plan.mapping.target_id(extension, packet.dport, packet.version)
             if target_id:
                 return self._steer(plan, Reason.ARITHMETIC, target_id, keys, malformed)
-
-        reason = plan.unextended
-        if extension.dst or payload_keys:
-            reason = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
-        if reason is Reason.UNEXTENDED_PASS:
-            return Decision(Outcome.PASS, reason, NO_TARGET, plan.name, keys, malformed)
-        if reason in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT):
+        if otherwise is Reason.UNEXTENDED_PASS:
+            return Decision(Outcome.PASS, otherwise, NO_TARGET, plan.name, keys, malformed)
+        if otherwise in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT):
             target_id = plan.default.ipv4 if packet.version == 4 else plan.default.ipv6
-            return self._steer(plan, reason, target_id, keys, malformed)
-        return Decision(plan.unmatched, reason, NO_TARGET, plan.name, keys, malformed)
+            return self._steer(plan, otherwise, target_id, keys, malformed)
+        return Decision(plan.unmatched, otherwise, NO_TARGET, plan.name, keys, malformed)
 
     def _service_at(self, packet: Packet) -> _Service | None:
         ranges = self._ranges.get((packet.dst, packet.protocol))
@@ -207,13 +273,20 @@ class Engine:
         return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed)
 
 
-def _inspect(inspectors: list[Inspect], payload: bytes) -> Keys:
-    """The keys of all parsers in order, up to the first that would need more bytes."""
+def _inspector(parser: PayloadParser) -> tuple[Inspect, bool]:
+    registered = REGISTRY[parser.name]
+    return registered.make(tuple(parser.patterns)), registered.exclusive
+
+
+def _inspect(inspectors: list[tuple[Inspect, bool]], payload: bytes) -> tuple[Keys, bool]:
+    """The keys of a first payload, and whether they are final: more bytes would change nothing."""
     keys: Keys = {}
-    for inspect in inspectors:
+    for inspect, exclusive in inspectors:
         answer = inspect(payload)
         if answer is Answer.NEED_MORE:
-            break
+            return keys, False
         if answer is not Answer.NOT_MINE:
             keys |= answer
-    return keys
+            if exclusive:
+                break
+    return keys, True

@@ -15,6 +15,10 @@ RESET_ID = 1
 """Answer with a TCP reset."""
 PASS_ID = 2
 """Leave the packet to the gateway's own socket."""
+OURS_ID = 3
+"""A worker sends this packet itself."""
+ASK_ID = 4
+"""Find out whether a client's handshake is genuine, and open nothing: the worker will refuse it itself."""
 FIRST_TARGET_ID = 16
 """Ids from here on are targets; those between are kept for answers yet to come."""
 

@@ -162,7 +162,7 @@ class Decide(msgspec.Struct, Generic[D], frozen=True, gc=False):
     alone: bool
     """The queued packet is `first`, and `data` is its payload (or a beginning of it)."""
     attempt: int = 1
-    """2 and more: decided before, but the client repeats itself, since the connection was not opened, or died at once."""
+    """2 and more: decided before, and the client repeats itself: the connection was not opened, or died at once."""
 
 
 class Acknowledge(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """nf_tables over raw netlink: the few requests that are made too often, or too near a packet, for a `nft` process.
 
-Layout of every message: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h. A change is a batch: BATCH_BEGIN,
-requests, BATCH_END in one datagram; the kernel carries out all of it or nothing.
+Layout of every message: include/uapi/linux/netfilter/nf_tables.h. A change is a batch: BATCH_BEGIN, requests, BATCH_END
+in one datagram; the kernel carries out all of it or nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from steerd.errors import KernelError
+from steerd.kernel.nfnetlink import (
+    ACK,
+    CREATE,
+    DUMP,
+    GENERIC,
+    NESTED,
+    NETLINK_NETFILTER,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    REQUEST,
+    Nfnetlink,
+    attribute,
+    attributes,
+    message,
+)
 
 TABLE = "steerd"
 
-_NETLINK_NETFILTER = 12
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _SUBSYS_NFTABLES = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_DELTABLE, _DELCHAIN, _GETRULE, _DELRULE, _NEWSETELEM, _GETOBJ = 2, 5, 7, 8, 12, 19
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
-_NESTED = 0x8000
+_DELTABLE, _DELCHAIN, _GETRULE, _DELRULE, _NEWSETELEM, _GETSETELEM, _GETOBJ = 2, 5, 7, 8, 12, 13, 19
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS = 1, 2, 3
 _LIST_ELEMENT = 1
 _ELEMENT_KEY, _ELEMENT_DATA = 1, 2
@@ -36,14 +47,8 @@ _RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE = 1, 2, 3
 _COUNTER_TYPE = b"\0\0\0\1"
 _COUNTER_PACKETS = 2
 
-# The kernel answers inside the send call; only a lost answer (no memory for it) could make a reader wait for ever.
-_ANSWER_SECONDS = 2.0
 _NFNLGRP_NFTABLES = 7
 _SO_ATTACH_FILTER = 26
-
-_HEADER = struct.Struct("=IHHII")
-_GENERIC = struct.Struct("!BBH")
-_ATTRIBUTE = struct.Struct("=HH")
 
 
 class Element(NamedTuple):
@@ -58,34 +63,16 @@ class Element(NamedTuple):
     data: bytes | None
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(len(value) + _ATTRIBUTE.size, kind) + value + b"\0" * (-len(value) % 4)
-
-
-def _message(kind: int, flags: int, sequence: int, family: int, resource: int, attributes: bytes) -> bytes:
-    body = _GENERIC.pack(family, 0, resource) + attributes
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
-
-
-def _element(element: Element) -> bytes:
-    parts = _attribute(_ELEMENT_KEY | _NESTED, _attribute(_DATA_VALUE, element.key))
+def _of_set(element: Element) -> bytes:
+    """The attributes of a request about one element."""
+    parts = attribute(_ELEMENT_KEY | NESTED, attribute(_DATA_VALUE, element.key))
     if element.data is not None:
-        parts += _attribute(_ELEMENT_DATA | _NESTED, _attribute(_DATA_VALUE, element.data))
-    return _attribute(
-        _ELEMENTS | _NESTED,
-        _attribute(_LIST_ELEMENT | _NESTED, parts),
+        parts += attribute(_ELEMENT_DATA | NESTED, attribute(_DATA_VALUE, element.data))
+    return (
+        attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0")
+        + attribute(_ELEMENTS_SET, element.name.encode() + b"\0")
+        + attribute(_ELEMENTS | NESTED, attribute(_LIST_ELEMENT | NESTED, parts))
     )
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    """The attributes that stand one behind the other in `data`, by kind."""
-    found = {}
-    offset = 0
-    while offset + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        found[kind & ~_NESTED] = data[offset + _ATTRIBUTE.size : offset + length]
-        offset += (max(length, _ATTRIBUTE.size) + 3) & ~3
-    return found
 
 
 class Rule(NamedTuple):
@@ -96,30 +83,14 @@ class Rule(NamedTuple):
     body: bytes
 
 
-class _Answer(NamedTuple):
-    """One message of the kernel's: errno 0 for an acknowledgement or an object."""
-
-    sequence: int
-    kind: int
-    error: int
-    body: bytes
-
-
 class Nftables:
     """One netlink socket to nf_tables. Not for several threads at once."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
-        self._socket.bind((0, 0))
-        self._socket.settimeout(_ANSWER_SECONDS)
-        self._sequence = 0
+        self._netlink = Nfnetlink()
 
     def close(self) -> None:
-        self._socket.close()
-
-    def _next(self) -> int:
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        return self._sequence
+        self._netlink.close()
 
     def insert(self, elements: Sequence[Element]) -> None:
         """Add elements in one transaction; one that is there with the same data already is fine.
@@ -127,36 +98,45 @@ class Nftables:
         Raises KernelError where the kernel says no: the table or set is missing (ENOENT), or the key is there with
         other data (EEXIST, EBUSY), which would mean that a target id has got a second meaning.
         """
-        parts = [_message(_BATCH_BEGIN, _REQUEST, self._next(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b"")]
-        first = self._sequence + 1
+        netlink = self._netlink
+        first = netlink.next_sequence()
+        parts = [message(_BATCH_BEGIN, REQUEST, first, _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b"")]
+        awaited = set()
         for element in elements:
-            attributes = _attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0")
-            attributes += _attribute(_ELEMENTS_SET, element.name.encode() + b"\0")
-            attributes += _element(element)
+            sequence = netlink.next_sequence()
+            awaited.add(sequence)
             kind = _SUBSYS_NFTABLES << 8 | _NEWSETELEM
-            parts.append(_message(kind, _REQUEST | _CREATE | _ACK, self._next(), _NFPROTO_INET, 0, attributes))
-        parts.append(_message(_BATCH_END, _REQUEST, self._next(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b""))
-        self._socket.send(b"".join(parts))
-        awaited = set(range(first, first + len(elements)))
+            parts.append(message(kind, REQUEST | CREATE | ACK, sequence, _NFPROTO_INET, 0, _of_set(element)))
+        parts.append(message(_BATCH_END, REQUEST, netlink.next_sequence(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b""))
+        netlink.send(b"".join(parts))
         # What concerns the batch as a whole (no right to it, a failed commit) is answered to its first message.
-        ours = awaited | {first - 1}
+        ours = awaited | {first}
         names = ", ".join(sorted({element.name for element in elements}))
+        asked = f"nf_tables took no element for {names} of table inet {TABLE}"
         while awaited:
-            for answer in self._answers(f"took no element for {names}"):
+            for reply in netlink.receive(asked):
                 # Of a batch that was refused only the first answer was read; the others are still to come.
-                if answer.sequence not in ours:
+                if reply.sequence not in ours:
                     continue
-                awaited.discard(answer.sequence)
-                if answer.error:
-                    why = os.strerror(answer.error)
-                    raise KernelError(f"nf_tables took no element for {names} of table inet {TABLE}: {why}")
+                awaited.discard(reply.sequence)
+                if reply.error:
+                    raise KernelError(f"{asked}: {os.strerror(reply.error)}")
+
+    def contains(self, name: str, key: bytes) -> bool:
+        """Whether a set holds a key, which is laid out as an Element's. Raises KernelError if there is no such set."""
+        asked = f"nf_tables does not look into set {name} of table inet {TABLE}"
+        kind = _SUBSYS_NFTABLES << 8 | _GETSETELEM
+        reply = self._netlink.ask(kind, 0, _NFPROTO_INET, _of_set(Element(name, key, None)), asked)
+        if reply.error not in (0, errno.ENOENT):
+            raise KernelError(f"{asked}: {os.strerror(reply.error)}")
+        return not reply.error
 
     def rules(self, family: int, table: str) -> list[Rule]:
         """All rules of a table, [] if there is no such table; family 1 is inet, 2 IPv4, 10 IPv6."""
-        attributes = _attribute(_RULE_TABLE, table.encode() + b"\0")
+        about = attribute(_RULE_TABLE, table.encode() + b"\0")
         return [
             Rule(fields[_RULE_CHAIN].rstrip(b"\0").decode(), int.from_bytes(fields[_RULE_HANDLE], "big"), body)
-            for fields, body in self._dump(_GETRULE, family, attributes, "does not list the rules")
+            for fields, body in self._dump(_GETRULE, family, about, "does not list the rules")
         ]
 
     def counters(self) -> dict[str, int]:
@@ -164,43 +144,27 @@ class Nftables:
 
         `nft list counters` would read every element of every set on the way: seconds, with 70,000 targets.
         """
-        attributes = _attribute(_OBJECT_TABLE, TABLE.encode() + b"\0") + _attribute(_OBJECT_TYPE, _COUNTER_TYPE)
+        about = attribute(_OBJECT_TABLE, TABLE.encode() + b"\0") + attribute(_OBJECT_TYPE, _COUNTER_TYPE)
         found = {}
-        for fields, _ in self._dump(_GETOBJ, _NFPROTO_INET, attributes, "does not list the counters"):
-            packets = _attributes(fields[_OBJECT_DATA])[_COUNTER_PACKETS]
+        for fields, _ in self._dump(_GETOBJ, _NFPROTO_INET, about, "does not list the counters"):
+            packets = attributes(fields[_OBJECT_DATA])[_COUNTER_PACKETS]
             found[fields[_OBJECT_NAME].rstrip(b"\0").decode()] = int.from_bytes(packets, "big")
         return found
 
-    def _dump(self, request: int, family: int, attributes: bytes, doing: str) -> list[tuple[dict[int, bytes], bytes]]:
+    def _dump(self, request: int, family: int, about: bytes, doing: str) -> list[tuple[dict[int, bytes], bytes]]:
         """Every object that the kernel answers a request with: its attributes by kind, and all of them as they came."""
-        sequence = self._next()
+        sequence = self._netlink.next_sequence()
         kind = _SUBSYS_NFTABLES << 8 | request
-        self._socket.send(_message(kind, _REQUEST | _DUMP, sequence, family, 0, attributes))
+        self._netlink.send(message(kind, REQUEST | DUMP, sequence, family, 0, about))
         found: list[tuple[dict[int, bytes], bytes]] = []
         while True:
-            for answer in self._answers(doing):
-                if answer.sequence != sequence:
+            for reply in self._netlink.receive(f"nf_tables {doing} of table inet {TABLE}"):
+                if reply.sequence != sequence:
                     continue
-                if answer.kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                if reply.kind in (NLMSG_DONE, NLMSG_ERROR):
                     return found
-                body = answer.body[_GENERIC.size :]
-                found.append((_attributes(body), body))
-
-    def _answers(self, doing: str) -> list[_Answer]:
-        """The messages of the next datagram; `doing` is for the error if none comes."""
-        try:
-            data = self._socket.recv(65536)
-        except TimeoutError:
-            raise KernelError(f"nf_tables {doing} of table inet {TABLE}: no answer in {_ANSWER_SECONDS:g} s") from None
-        answers = []
-        offset = 0
-        while offset + _HEADER.size <= len(data):
-            length, kind, _flags, sequence, _port = _HEADER.unpack_from(data, offset)
-            body = data[offset + _HEADER.size : offset + length]
-            error = -struct.unpack_from("=i", body)[0] if kind == _NLMSG_ERROR else 0
-            answers.append(_Answer(sequence, kind, error, body))
-            offset += (length + 3) & ~3
-        return answers
+                body = reply.body[GENERIC.size :]
+                found.append((attributes(body), body))
 
 
 class Watcher:
@@ -211,7 +175,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_NETFILTER
         )
         program = _deletions_only()
         code = ctypes.create_string_buffer(program, len(program))

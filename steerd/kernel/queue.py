@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,7 +20,9 @@ from steerd.errors import KernelError
 
 _SOL_NETLINK = 270
 _NETLINK_NO_ENOBUFS = 5
+_SO_RCVTIMEO = 20
 _SO_RCVBUFFORCE = 33
+_TIMEVAL = struct.Struct("@ll")
 
 
 class QueuedPacket(Protocol):
@@ -28,6 +31,7 @@ class QueuedPacket(Protocol):
     def get_payload(self) -> bytes: ...
     def get_mark(self) -> int: ...
     def set_mark(self, mark: int) -> None: ...
+    def set_payload(self, payload: bytes) -> None: ...
     def accept(self) -> None: ...
     def drop(self) -> None: ...
 
@@ -43,12 +47,20 @@ class Queue:
             self._queue.bind(number, on_packet, max_len=length)
         except OSError as error:
             raise KernelError(f"NFQUEUE {number} cannot be bound: {error} (does another process own it?)") from error
-        with socket.socket(fileno=os.dup(self._queue.get_fd())) as netlink:
-            netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer)
-            netlink.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
+        # Its descriptor is the queue's own, by another number.
+        self._netlink = socket.socket(fileno=os.dup(self._queue.get_fd()))
+        self._netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer)
+        self._netlink.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From now on `run` returns when no packet has come for so long; 0: never. The callback may call it, too."""
+        whole = int(seconds)
+        self._netlink.setsockopt(
+            socket.SOL_SOCKET, _SO_RCVTIMEO, _TIMEVAL.pack(whole, int((seconds - whole) * 1_000_000))
+        )
 
     def run(self) -> None:
-        """Hand every packet to the callback, for ever. The callback must not raise: its packet would get no verdict."""
+        """Hand every packet to the callback. The callback must not raise: its packet would get no verdict."""
         self._queue.run()
 
 

@@ -20,11 +20,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
+from steerd.core.marks import ASK_ID, OURS_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.core.pools import Pool
 from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE, Element, Nftables
-from steerd.model import Endpoint, IPNetwork, Target
+from steerd.model import Endpoint, Flow, IPNetwork, Target
 
 FALLBACK_CHAIN = "STEERD"
 # Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
@@ -52,6 +52,9 @@ class Settings(NamedTuple):
     syn_recv: int
     time_wait: int
     close: int
+    mss4: int
+    mss6: int
+    wscale: int
 
 
 class Contents(NamedTuple):
@@ -60,6 +63,8 @@ class Contents(NamedTuple):
     endpoints: tuple[Endpoint, ...]
     early: tuple[Endpoint, ...]
     every_syn: tuple[Endpoint, ...]
+    late: tuple[Endpoint, ...]
+    silent: tuple[Endpoint, ...]
     pools: tuple[Pool, ...]
     wildcard: tuple[tuple[Pool | Target, int], ...]
     """Targets, or whole pools with a port (0: any), whose daemons may be bound to the wildcard address."""
@@ -83,6 +88,11 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
         "CLEAR": f"0x{~mark.mask & 0xFFFFFFFF:08x}",
         "RESET": f"0x{mark.field(RESET_ID):08x}",
         "PASS": f"0x{mark.field(PASS_ID):08x}",
+        "OURS": f"0x{mark.field(OURS_ID):08x}",
+        "ASK": f"0x{mark.field(ASK_ID):08x}",
+        "MSS4": str(settings.mss4),
+        "MSS6": str(settings.mss6),
+        "WSCALE": str(settings.wscale),
         "TCP_OPTION": str(settings.tcp_option),
         "SOURCE_RATE": str(settings.source_rate),
         "SOURCE_BURST": str(settings.source_burst),
@@ -141,7 +151,12 @@ def fill(contents: Contents) -> str:
             f"endpoints{version}",
             (f"{e.address} . {e.protocol} . {_ports(e)}" for e in contents.endpoints if e.address.version == version),
         )
-        for name, endpoints in (("early", contents.early), ("every_syn", contents.every_syn)):
+        for name, endpoints in (
+            ("early", contents.early),
+            ("every_syn", contents.every_syn),
+            ("late", contents.late),
+            ("silent", contents.silent),
+        ):
             replace(
                 f"{name}{version}",
                 (f"{e.address} . {_ports(e)}" for e in endpoints if e.address.version == version),
@@ -210,6 +225,12 @@ def target_elements(mark_value: int, target: Target) -> list[Element]:
         Element(f"targets{version}", key, address + port),
         Element(f"translated{version}", key + address + port, None),
     ]
+
+
+def flow_key(flow: Flow) -> bytes:
+    """The element of the sets of 4-tuples (`vanished4`, `genuine6`, ...) that stands for a connection."""
+    sport, dport = flow.sport.to_bytes(2, "big"), flow.dport.to_bytes(2, "big")
+    return flow.src + sport + b"\0\0" + flow.dst + dport + b"\0\0"
 
 
 def has_native_queue() -> bool:

@@ -33,6 +33,42 @@ class Extra(enum.IntEnum):
     """Packets with a port extension of ours that cannot be read; treated as if they had none."""
     LOADED = 33
     """Targets put into the kernel's maps."""
+    HELD = 34
+    """Segments of first payloads held, since more is needed for a decision."""
+    ACKNOWLEDGED = 35
+    """... and acknowledged to clients that wait for that."""
+    FORWARDED = 36
+    """Segments that waited while their connection was decided, sent after it."""
+    SILENT = 37
+    """Clients that said nothing at once, where that is of interest."""
+    EVICTED_SOURCE = 38
+    """Undecided connections pushed out by newer ones of their source (`pending.source_connections`)."""
+    EVICTED_TOTAL = 39
+    """Undecided connections pushed out by newer ones (`pending.connections`)."""
+    FULL_SOURCE = 40
+    """First segments dropped: no room for their source, and nothing that could be pushed out."""
+    FULL_TOTAL = 41
+    """First segments dropped: no room, and nothing that could be pushed out."""
+    OUTSIDE = 42
+    """Segments dropped: before an acknowledged beginning, or beyond `pending.connection_bytes`."""
+    GAPS = 43
+    """Segments dropped: one gap too many in front of them."""
+    GIVEN_UP = 44
+    """Segments dropped: of connections given up a moment ago."""
+    RESET_AGAIN = 45
+    """Connections given up that did not hear of it the first time."""
+    CLIENT_RESET = 46
+    """Undecided connections that their client reset."""
+    NO_USE = 47
+    """Segments dropped: nothing is known of their connection, and they say nothing."""
+    DELIVERED_BEFORE = 48
+    """First payloads dropped: repeated, though their connection stands."""
+    OLD_ENTRY_DELETED = 49
+    """Conntrack entries deleted: a genuine client opened a new connection from their ports."""
+    NOT_GENUINE = 50
+    """First payloads not answered: the client never saw our answer to its SYN."""
+    NOT_SENT = 51
+    """Packets of a worker's own that the kernel did not send (a firewall in output?); the log has the first."""
 
 
 assert len(Reason) <= min(Extra)

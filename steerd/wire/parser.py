@@ -35,6 +35,8 @@ class Parser(NamedTuple):
     match."""
     summary: str
     """One line for `steerd --help` and the documentation."""
+    exclusive: bool = True
+    """Whether recognising its protocol rules out all others, so that no further parser need be asked."""
 
     def gives(self, key: str) -> bool:
         """Whether a key is one of this parser's: `http.header.accept` is one of `http.header.*`."""

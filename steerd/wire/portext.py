@@ -29,7 +29,8 @@ from typing import NamedTuple
 from steerd.model import Extension, Keys
 from steerd.wire.packet import Packet
 
-KEYS = ("portext.dst", "portext.src", "portext.port")
+DST, SRC, PORT = "portext.dst", "portext.src", "portext.port"
+KEYS = (DST, SRC, PORT)
 
 MAX_EXTENDED_PORT = 0xFFFF_FFFF
 

@@ -54,4 +54,5 @@ PARSER = Parser(
     bound=BOUND,
     make=prefix_parser,
     summary="the first bytes of the payload, compared with the patterns of the service's routes",
+    exclusive=False,
 )

@@ -219,4 +219,5 @@ PARSER = Parser(
     bound=BOUND,
     make=always(inspect),
     summary="PROXY protocol, versions 1 and 2: the client's address, and the host name it asked for",
+    exclusive=False,
 )

@@ -154,4 +154,5 @@ PARSER = Parser(
     bound=BOUND,
     make=regex_parser,
     summary="regular expressions (RE2) over the first line, or the first 256 bytes, of the payload",
+    exclusive=False,
 )

@@ -139,7 +139,9 @@ def some_configuration(rng: random.Random) -> str:
                 source = rng.choice(CHOICES["source"][:2] if target[0] == "1" else CHOICES["source"][::2])
                 routes += f'[[services.s{number}.routes]]\nwhen = {{ {when} }}\n{source}\ntarget = "{target}"\n'
         if "port-extension" in inspect:
-            unextended = rng.choice(["pass", "default", "unmatched"])
+            unextended = rng.choice(
+                ["pass", "default", "unmatched", "inspect"][: 4 if "http" in inspect or "prefix" in inspect else 3]
+            )
             if rng.random() < 0.7:
                 by = rng.choice(['by = "extension"', f'by = "extended-port", first = {rng.choice([65537, 131070])}'])
                 arithmetic = f'extension_pool = {{ pool = "p", {by}, port = 8080 }}\n'
@@ -210,8 +212,9 @@ def test_whatever_the_packet_there_is_a_decision_that_keeps_the_plans_word(seed:
             )
             if decision.outcome is not Outcome.STEER:
                 assert decision.target_id == NO_TARGET
-                passes = decision.reason is Reason.UNEXTENDED_PASS
-                assert decision.outcome is (Outcome.PASS if passes else service.unmatched)
+                named = {Reason.UNEXTENDED_PASS: Outcome.PASS, Reason.LATE: Outcome.LATE}
+                assert decision.outcome is named.get(decision.reason, service.unmatched)
+                assert decision.outcome is not Outcome.LATE or service.is_late
                 continue
             target = reader.target(decision.target_id)
             assert target is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steerd import config
-from steerd.config import ExtensionPool, Limits, Timeouts, Unextended
+from steerd.config import ExtensionPool, Limits, Pending, Timeouts, Unextended
 from steerd.core.marks import MarkLayout
 from steerd.core.pools import Pool
 from steerd.core.router import MAX_PROBES
@@ -38,6 +38,10 @@ syn_sent = 1
 syn_recv = 2
 time_wait = 3
 close = 4
+[gateway.pending]
+connection_bytes = 40000
+source_connections = 7
+connections = 8
 [gateway.port_extension]
 ipv4_option = 0x9F
 ipv6_option = 0x3E
@@ -108,6 +112,7 @@ def test_a_full_configuration_becomes_values() -> None:
         access_log=10,
         limits=Limits(1, 2, 3, 4, 5, 6),
         timeouts=Timeouts(1, 2, 3, 4),
+        pending=Pending(40000, 7, 8),
         port_extension=Numbers(0x9F, 0x3E, 254, 1),
     )
     tenants = Pool(
@@ -118,7 +123,7 @@ def test_a_full_configuration_becomes_values() -> None:
         "spare": Pool("spare", (ipaddress.ip_network("10.70.0.0/30"),), "addresses", None),
     }
     api, web = read.services
-    assert (api.name, api.inspect, api.unextended, api.unmatched) == ("api", (), None, Outcome.RESET)
+    assert (api.name, api.inspect, api.unextended, api.unmatched) == ("api", (), Unextended.DEFAULT, Outcome.RESET)
     assert (api.default, api.extension_pool, api.routes) == ((Target(ip("10.64.0.2"), 80),), None, ())
     assert web.name == "web"
     assert web.endpoints == (
@@ -188,6 +193,35 @@ def test_everything_about_the_gateway_has_a_default() -> None:
     assert gateway.limits == Limits(1000, 2000, 2000, 4000, 50000, 50000)
     assert gateway.timeouts == Timeouts(5, 5, 10, 2)
     assert gateway.port_extension == Numbers(0x9E, 0x1E, 253, 0x5354)
+
+
+LATE_SERVICE = """
+[pools.p]
+prefixes = ["10.64.0.0/24"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp"]
+routes = [{ when = { "tls.sni" = "a.example" }, target = "10.64.0.1:443" }]
+"""
+
+
+def test_a_service_that_inspects_payloads_is_late_unless_it_says_otherwise() -> None:
+    for more, late in (
+        ('inspect = ["tls"]', True),
+        ('inspect = ["port-extension", "tls"]', True),
+        ('inspect = ["port-extension", "tls"]\nunextended = "inspect"', True),
+        ('inspect = ["port-extension", "tls"]\nunextended = "pass"', False),
+    ):
+        text = LATE_SERVICE.replace("routes =", f"{more}\nroutes =")
+        assert config.parse(text, "f.toml").services[0].is_late is late
+
+
+def test_what_a_late_service_says_about_those_who_wait() -> None:
+    more = 'inspect = ["tls"]\nunmatched = "tls-alert"\nfirst_payload_timeout = 0.5\non_silence = "10.64.0.2:25"'
+    (service,) = config.parse(LATE_SERVICE.replace("routes =", f"{more}\nroutes ="), "f.toml").services
+    assert (service.unmatched, service.first_payload_timeout) == (Outcome.ALERT, 0.5)
+    assert service.on_silence == (Target(ip("10.64.0.2"), 25),)
+    (plain,) = config.parse(LATE_SERVICE.replace("routes =", 'inspect = ["tls"]\nroutes ='), "f.toml").services
+    assert (plain.first_payload_timeout, plain.on_silence) == (10.0, ())
 
 
 def test_without_port_ranges_unextended_is_unmatched() -> None:
@@ -282,7 +316,7 @@ MISTAKES: list[tuple[str, str]] = [
     (
         gateway('"odd\\nkey" = 1'),
         'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, workers, first_queue, '
-        "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, port_extension.",
+        "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
     ),
     (
         gateway("workers = 0"),
@@ -547,7 +581,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         service(DEFAULT + "unmatched = 'pass'"),
-        'services.web.unmatched: Must be "reset" or "drop", not "pass".',
+        'services.web.unmatched: Must be "reset" or "drop" or "tls-alert", not "pass".',
     ),
     (
         service(DEFAULT + "unextended = 'pass'"),
@@ -868,7 +902,7 @@ when = { "http.host" = "b.example" }
         for mistake in (
             "gateway.workers: Must be a whole number from 1 to 64, not 0.",
             "gateway.colour: Is not a known key; known here: state_dir, run_dir, workers, first_queue, mark_bits, "
-            "queue_length, receive_buffer, access_log, limits, timeouts, port_extension.",
+            "queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
             'services.web.routes[1].target: Is missing; it must be a target such as "10.64.0.1:8080".',
             "gateway.mark_bits: Has 13 bits; steerd needs at least 20.",
             'pools.t.prefixes[1]: "10.65.0.1/16" has bits set behind the prefix length; "10.65.0.0/16" would be right.',

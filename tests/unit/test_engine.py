@@ -12,9 +12,9 @@ import pytest
 from steerd import config
 from steerd.control.registry import Reader, Registry
 from steerd.core.engine import Decision, Engine
-from steerd.model import TCP, UDP, Extension, Outcome, Reason
+from steerd.model import TCP, UDP, Answer, Extension, Outcome, Reason
 from steerd.wire import portext
-from steerd.wire.packet import SYN, Packet
+from steerd.wire.packet import ACK, SYN, Packet
 
 NUMBERS = portext.Numbers()
 CLIENT = {4: "198.51.100.1", 6: "2001:db8:1::1"}
@@ -70,7 +70,7 @@ unextended = "default"
 default = "10.64.0.3:80"
 routes = [{ when = { "portext.dst" = 1 }, target = "10.64.0.2:80" }]
 
-[services.prefix-first]
+[services.prefix-first]                        # late: as those below that name a parser and not "port-extension"
 endpoints = ["203.0.113.13:80/tcp"]
 inspect = ["prefix", "http"]
 routes = [
@@ -84,6 +84,29 @@ default = "10.64.0.3:25"
 routes = [
     { source = "198.51.100.0/24", target = "10.64.0.1:25" },
     { source = "198.51.100.1/32", target = "10.64.0.2:25" },
+]
+
+[services.late]
+endpoints = ["203.0.113.16:443/tcp", "[2001:db8::16]:443/tcp"]
+inspect = ["port-extension", "http", "prefix"]
+default = "10.64.0.3:80"
+first_payload_timeout = 2.5
+on_silence = "10.64.0.3:25"
+routes = [
+    { when = { "portext.dst" = 1 }, target = "10.64.0.1:1001" },
+    { when = { "http.host" = "a.example" }, target = "10.64.0.1:82" },
+    { when = { "prefix" = "GET " }, target = "10.64.0.1:83" },
+    { when = { "prefix" = "SSH-2.0-" }, target = "10.64.0.1:22" },
+    { source = "192.0.2.0/24", target = "10.64.0.2:99" },
+]
+
+[services.senders]
+endpoints = ["203.0.113.17:443/tcp"]
+inspect = ["port-extension", "http"]
+unmatched = "tls-alert"
+routes = [
+    { when = { "portext.src" = 5 }, target = "10.64.0.1:1005" },
+    { when = { "http.host" = "a.example" }, target = "10.64.0.1:82" },
 ]
 
 [services.no-default]
@@ -131,10 +154,15 @@ class Decider:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._engine = Engine(reader.refresh(), reader.route)
+        self.engine = Engine(reader.refresh(), reader.route)
 
     def decide(self, packet: Packet) -> Decision:
-        return self._engine.decide_syn(packet)
+        return self.engine.decide_syn(packet)
+
+    def first(self, endpoint: str, data: bytes, source: str | None = None) -> Decision | None:
+        """The decision for a first payload; None: not yet."""
+        decision = self.engine.decide_first(syn(endpoint, source=source)._replace(flags=ACK), data)
+        return None if decision is Answer.NEED_MORE else decision
 
     def target(self, decision: Decision) -> str | None:
         """Where the decision leads to, as the registry knows it."""
@@ -231,18 +259,28 @@ STEERED: list[tuple[Packet, str, Reason, str | Outcome]] = [
     # a route by payload before arithmetic by extension; of equal routes, the key that inspect names first
     (syn(WEB4, (5, 0), payload=REQUEST), "web", Reason.ROUTE, "10.64.0.1:same"),
     (syn(WEB4, (2, 0), payload=REQUEST), "web", Reason.ROUTE, "10.64.0.0:1002"),
-    # the order of inspect: http holds back prefix while it waits (above), and not the other way round
-    (syn("203.0.113.13:80", payload=UNFINISHED), "prefix-first", Reason.ROUTE, "10.64.0.0:81"),
+    # a late service: what does not suffice is left to the first payload
+    (syn("203.0.113.13:80", payload=UNFINISHED), "prefix-first", Reason.LATE, Outcome.LATE),
     (syn("203.0.113.13:80", payload=OTHER_REQUEST), "prefix-first", Reason.ROUTE, "10.64.0.0:81"),
     (syn("203.0.113.13:80", payload=REQUEST), "prefix-first", Reason.ROUTE, "10.64.0.1:82"),
-    (syn("203.0.113.13:80", payload=b"GE"), "prefix-first", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
-    # a service that does not inspect the extension does not see it
-    (syn("203.0.113.13:80", (1, 1)), "prefix-first", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.13:80", payload=b"GE"), "prefix-first", Reason.LATE, Outcome.LATE),
+    (syn("203.0.113.13:80", payload=SSH), "prefix-first", Reason.UNMATCHED, Outcome.RESET),
+    # ... one that does not inspect the extension does not see it; one that does is steered by it at once
+    (syn("203.0.113.13:80", (1, 1)), "prefix-first", Reason.LATE, Outcome.LATE),
+    (syn("203.0.113.16:443", (1, 0)), "late", Reason.ROUTE, "10.64.0.1:1001"),
+    (syn("203.0.113.16:443", (7, 0)), "late", Reason.DEFAULT, "10.64.0.3:80"),
+    (syn("203.0.113.16:443"), "late", Reason.LATE, Outcome.LATE),
+    (syn("203.0.113.16:443", source="192.0.2.1"), "late", Reason.LATE, Outcome.LATE),
+    (syn("[2001:db8::16]:443", ip_options=b""), "late", Reason.LATE, Outcome.LATE),
+    # ... a source extension alone counts only where a route asks for one
+    (syn("203.0.113.16:443", (0, 5)), "late", Reason.LATE, Outcome.LATE),
+    (syn("203.0.113.17:443", (0, 5)), "senders", Reason.ROUTE, "10.64.0.1:1005"),
+    (syn("203.0.113.17:443", (0, 6)), "senders", Reason.UNMATCHED, Outcome.ALERT),
     # the source alone, the longer prefix first
     (syn("203.0.113.14:25"), "by-source", Reason.ROUTE, "10.64.0.2:25"),
     (syn("203.0.113.14:25", source="198.51.100.2"), "by-source", Reason.ROUTE, "10.64.0.1:25"),
     (syn("203.0.113.14:25", source="198.51.101.1"), "by-source", Reason.UNEXTENDED_DEFAULT, "10.64.0.3:25"),
-    (syn("203.0.113.15:80"), "no-default", Reason.UNEXTENDED_UNMATCHED, Outcome.RESET),
+    (syn("203.0.113.15:80"), "no-default", Reason.LATE, Outcome.LATE),
     # the edges of port ranges
     (syn("203.0.113.10:1000", (100, 0)), "strict", Reason.ARITHMETIC, "10.80.0.0:same"),
     (syn("203.0.113.10:1999", (100, 0)), "strict", Reason.ARITHMETIC, "10.80.0.0:same"),
@@ -277,6 +315,8 @@ def test_where_a_syn_goes(plan: Decider, packet: Packet, service: str, reason: R
 
 def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() -> None:
     not_the_engines = {Reason.NOT_READABLE, Reason.NOT_LOADED, Reason.FAULT}
+    not_the_engines |= {Reason.SILENCE, Reason.TOO_LONG, Reason.TOO_SLOW, Reason.CONFLICT, Reason.ENDED}
+    not_the_engines |= {Reason.UNANSWERED}
     assert {reason for _, _, reason, _ in STEERED} == set(Reason) - not_the_engines
     assert {expected if isinstance(expected, Outcome) else Outcome.STEER for *_, expected in STEERED} == set(Outcome)
 
@@ -297,7 +337,6 @@ def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() 
                 "http.path": "/",
                 "http.host": "a.example",
                 "http.header.host": "a.example",
-                "prefix": "GET ",
             },
         ),
         (syn("203.0.113.99:443", (1, 0)), {}),
@@ -331,6 +370,66 @@ def test_payload_that_is_cut_short_changes_nothing(
     plan: Decider, extension: tuple[int, int] | None, length: int
 ) -> None:
     assert plan.decide(syn(WEB4, extension, payload=REQUEST[:length])) == plan.decide(syn(WEB4, extension))
+
+
+# ---- first payloads ----
+
+LATE4, LATE6 = "203.0.113.16:443", "[2001:db8::16]:443"
+FIRST: list[tuple[str, bytes, Reason, str | Outcome]] = [
+    (LATE4, REQUEST, Reason.ROUTE, "10.64.0.1:82"),
+    (LATE4, SSH, Reason.ROUTE, "10.64.0.1:22"),
+    (LATE4, OTHER_REQUEST, Reason.DEFAULT, "10.64.0.3:80"),
+    (LATE4, b"\x16\x03\x01", Reason.DEFAULT, "10.64.0.3:80"),
+    (LATE6, OTHER_REQUEST, Reason.NO_FAMILY, Outcome.RESET),
+    ("203.0.113.13:80", OTHER_REQUEST, Reason.ROUTE, "10.64.0.0:81"),
+    ("203.0.113.17:443", OTHER_REQUEST, Reason.UNMATCHED, Outcome.ALERT),
+    # early services have no business with first payloads: a reload came in between
+    (WEB4, REQUEST, Reason.NO_ENDPOINT, Outcome.DROP),
+    ("203.0.113.99:80", REQUEST, Reason.NO_ENDPOINT, Outcome.DROP),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "payload", "reason", "expected"), FIRST)
+def test_where_a_first_payload_goes_however_it_is_cut(
+    plan: Decider, endpoint: str, payload: bytes, reason: Reason, expected: str | Outcome
+) -> None:
+    """Nothing is decided on fewer bytes that would not be decided alike on all."""
+    decided = [
+        found for size in range(1, len(payload) + 1) if (found := plan.first(endpoint, payload[:size])) is not None
+    ]
+    assert len({(d.reason, plan.target(d) or d.outcome) for d in decided}) == 1
+    assert (decided[-1].reason, plan.target(decided[-1]) or decided[-1].outcome) == (reason, expected)
+
+
+def test_a_parser_that_waits_holds_back_those_behind_it_and_one_that_recognises_ends_the_inspection(
+    plan: Decider,
+) -> None:
+    assert plan.first(LATE4, UNFINISHED) is None
+    whole = plan.first(LATE4, REQUEST)
+    assert whole is not None
+    assert "prefix" not in whole.keys
+    first = plan.first("203.0.113.13:80", REQUEST)
+    assert first is not None
+    assert (first.keys["prefix"], first.keys["http.host"]) == ("GET ", "a.example")
+
+
+def test_the_source_counts_for_first_payloads_as_well(plan: Decider) -> None:
+    decision = plan.first(LATE4, b"\x16\x03\x01", source="192.0.2.7")
+    assert decision is not None
+    assert (decision.reason, plan.target(decision)) == (Reason.ROUTE, "10.64.0.2:99")
+
+
+def test_silence_patience_and_giving_up(plan: Decider) -> None:
+    engine = plan.engine
+    assert engine.patience(syn(LATE4)) == (2.5, True)
+    assert engine.patience(syn("203.0.113.13:80")) == (10.0, False)
+    assert engine.patience(syn("203.0.113.99:80")) == (0.0, False)
+    silent = engine.decide_silence(syn(LATE4))
+    assert (silent.reason, plan.target(silent)) == (Reason.SILENCE, "10.64.0.3:25")
+    assert engine.decide_silence(syn(LATE6))[:2] == (Outcome.RESET, Reason.NO_FAMILY)
+    assert engine.decide_silence(syn("203.0.113.13:80"))[:2] == (Outcome.DROP, Reason.NO_ENDPOINT)
+    assert engine.give_up(syn("203.0.113.17:443"), Reason.TOO_LONG)[:2] == (Outcome.ALERT, Reason.TOO_LONG)
+    assert engine.give_up(syn("203.0.113.99:80"), Reason.TOO_LONG)[:2] == (Outcome.DROP, Reason.NO_ENDPOINT)
 
 
 def test_a_service_that_has_a_default_and_nothing_else_steers_there(tmp_path: Path) -> None:

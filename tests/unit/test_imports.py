@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "control": {"core", "wire", "model", "errors", "config"},
     "telemetry": {"model", "errors"},
     "client": {"wire", "model", "errors"},
+    "late": {"core", "kernel", "wire", "model", "telemetry"},
     "worker": EVERYTHING,
     "daemon": EVERYTHING,
     "cli": EVERYTHING,

@@ -18,6 +18,7 @@ from steerd.core.pools import Pool
 from steerd.daemon import contents_of, settings_of
 from steerd.errors import KernelError
 from steerd.kernel import ruleset
+from steerd.kernel.handshake import Handshake
 from steerd.kernel.ruleset import Contents, Settings
 from steerd.model import TCP, Endpoint, Target
 
@@ -34,7 +35,8 @@ default = "10.64.0.1:80"
 
 
 def settings_for(gateway: str = "") -> Settings:
-    return settings_of(config.parse(f"[gateway]\nworkers = 1\n{gateway}\n{SERVICE}", "steerd.toml"))
+    made = config.parse(f"[gateway]\nworkers = 1\n{gateway}\n{SERVICE}", "steerd.toml")
+    return settings_of(made, Handshake(mss4=1460, mss6=1440, window_scale=7))
 
 
 def printed(*arguments: str) -> str:
@@ -88,7 +90,10 @@ def test_defaults_are_those_of_the_configuration() -> None:
     }  # fmt: skip
     masks = dict(re.findall(r"^#! __([A-Z0-9_]+)__ +(0x[0-9a-f]+) ", HEAD, re.MULTILINE))
     assert settings.mark == MarkLayout(8, 31)
-    assert masks == {"MASK": "0xffffff00", "CLEAR": "0x000000ff", "RESET": "0x00000100", "PASS": "0x00000200"}
+    assert masks == {"MASK": "0xffffff00", "CLEAR": "0x000000ff", "RESET": "0x00000100", "PASS": "0x00000200"} | {
+        "OURS": "0x00000300",
+        "ASK": "0x00000400",
+    }
     for name, value in masks.items():
         assert f"__{name}__" not in printed("--native").partition("\ntable inet steerd {")[2]
         assert value in printed("--native").partition("\ntable inet steerd {")[2]
@@ -160,7 +165,8 @@ def endpoint(text: str, first: int, last: int | None = None) -> Endpoint:
     return Endpoint(ipaddress.ip_address(text), first, last or first, TCP)
 
 
-SETS = ("endpoints", "early", "every_syn", "aliases", "wildcard")
+SETS = ("endpoints", "early", "every_syn", "late", "silent", "aliases", "wildcard")
+NOTHING = Contents((), (), (), (), (), (), ())
 
 
 def commands(contents: Contents) -> list[str]:
@@ -170,9 +176,7 @@ def commands(contents: Contents) -> list[str]:
 
 
 def test_filling_with_nothing_empties_every_set() -> None:
-    assert commands(Contents((), (), (), (), ())) == [
-        f"flush set inet steerd {name}{version}" for version in (4, 6) for name in SETS
-    ]
+    assert commands(NOTHING) == [f"flush set inet steerd {name}{version}" for version in (4, 6) for name in SETS]
 
 
 def test_filling_with_ranges_and_both_families() -> None:
@@ -184,6 +188,8 @@ def test_filling_with_ranges_and_both_families() -> None:
         endpoints=(one, many, six),
         early=(one, six),
         every_syn=(many,),
+        late=(one, six),
+        silent=(six,),
         pools=(pool,),
         wildcard=((alias, 80), (six_alias, 0), (pool, 90), (pool, 90)),
     )
@@ -192,10 +198,13 @@ def test_filling_with_ranges_and_both_families() -> None:
         "endpoints4 { 203.0.113.10 . 6 . 443, 203.0.113.10 . 6 . 8000-8999 }",
         "early4 { 203.0.113.10 . 443 }",
         "every_syn4 { 203.0.113.10 . 8000-8999 }",
+        "late4 { 203.0.113.10 . 443 }",
         "aliases4 { 10.64.0.0/16, 10.70.0.0/30 }",
         "wildcard4 { 10.64.0.0/16 . 90, 10.70.0.0/30 . 90, 10.64.0.9 . 80 }",
         "endpoints6 { 2001:db8::10 . 6 . 1-65535 }",
         "early6 { 2001:db8::10 . 1-65535 }",
+        "late6 { 2001:db8::10 . 1-65535 }",
+        "silent6 { 2001:db8::10 . 1-65535 }",
         "aliases6 { fd00:64::/112 }",
         "wildcard6 { fd00:64::/112 . 90, fd00:64::9 . 0-89, fd00:64::9 . 91-65535 }",
     ]
@@ -210,7 +219,7 @@ def test_wildcard_elements_say_what_was_meant_and_never_overlap(wildcard: list[t
     """The kernel takes no overlapping elements, and the whole table with them."""
     found: Counter[tuple[str, int]] = Counter()
     ports = (0, 1, 2, 3, 79, 80, 81, 65534, 65535)
-    for line in commands(Contents((), (), (), (), tuple(wildcard))):
+    for line in commands(NOTHING._replace(wildcard=tuple(wildcard))):
         for element in re.findall(r"[{,] (\S+ \. [0-9-]+)", line):
             prefix, _, text = element.partition(" . ")
             first, _, last = text.partition("-")
@@ -229,7 +238,7 @@ def test_wildcard_elements_say_what_was_meant_and_never_overlap(wildcard: list[t
 
 def test_every_set_is_emptied_before_it_is_filled() -> None:
     pool = Pool("p", (ipaddress.ip_network("10.64.0.0/16"),))
-    lines = commands(Contents((endpoint("203.0.113.10", 1),), (), (), (pool,), ()))
+    lines = commands(NOTHING._replace(endpoints=(endpoint("203.0.113.10", 1),), pools=(pool,)))
     for line in lines:
         if line.startswith("add element"):
             name = line.split()[4]
@@ -254,15 +263,23 @@ def test_what_the_daemon_fills_in_are_sets_of_the_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gateway_service", "every"),
+    ("gateway_service", "sets"),
     [
-        ('inspect = ["port-extension"]\nunextended = "pass"', False),
-        ('inspect = ["port-extension"]\nunextended = "default"', True),
-        ('inspect = ["port-extension"]\nunextended = "unmatched"', True),
-        ('inspect = ["http"]', True),
+        ('inspect = ["port-extension"]\nunextended = "pass"', set()),
+        ('inspect = ["port-extension"]\nunextended = "default"', {"every_syn"}),
+        ('inspect = ["port-extension"]\nunextended = "unmatched"', {"every_syn"}),
+        ("", {"every_syn"}),
+        ('inspect = ["port-extension", "http"]\nunextended = "unmatched"', {"every_syn"}),
+        ('inspect = ["port-extension", "http"]\nunextended = "pass"', set()),
+        ('inspect = ["port-extension", "http"]', {"late"}),
+        ('inspect = ["http"]', {"late"}),
+        ('inspect = ["http"]\non_silence = "10.64.0.2:25"', {"late", "silent"}),
     ],
 )
-def test_a_worker_sees_every_syn_unless_plain_ones_pass(gateway_service: str, every: bool) -> None:
+def test_what_becomes_of_a_plain_syn_is_said_by_the_set_its_endpoint_is_in(
+    gateway_service: str, sets: set[str]
+) -> None:
     contents = contents_of(config.parse(SERVICE + gateway_service, "steerd.toml"))
     assert contents.endpoints == contents.early == (endpoint("203.0.113.10", 443),)
-    assert contents.every_syn == (contents.endpoints if every else ())
+    for name in ("every_syn", "late", "silent"):
+        assert getattr(contents, name) == (contents.endpoints if name in sets else ())

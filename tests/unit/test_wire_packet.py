@@ -71,7 +71,9 @@ def test_a_payload_may_be_cut_short_by_the_copy() -> None:
 
 @pytest.mark.parametrize(("version", "header"), [(4, IP(**V4)), (6, IPv6(**V6))])
 def test_udp(version: int, header: Any) -> None:
-    fields = {"protocol": UDP_NUMBER, "flags": 0, "seq": 0, "ack": 0, "tcp_options": b"", "payload": b"hello", "window": 0}
+    fields = {"protocol": UDP_NUMBER, "flags": 0, "seq": 0, "ack": 0, "tcp_options": b"", "payload": b"hello"} | {
+        "window": 0
+    }
     built = bytes(header / UDP(sport=40000, dport=443) / Raw(b"hello"))
     assert parse(built) == expected(version, V4 if version == 4 else V6, **fields)
     assert parse(built + b"padding") == parse(built)

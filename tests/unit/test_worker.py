@@ -17,15 +17,16 @@ import msgspec
 import pytest
 import structlog
 
-from steerd import config
+from steerd import config, late
 from steerd import worker as worker_module
 from steerd.control.registry import Registry
 from steerd.core.engine import Decision
 from steerd.core.marks import FIRST_TARGET_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, RegistryError
+from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element
 from steerd.kernel.ruleset import target_elements
-from steerd.model import Extension, Reason, Target
+from steerd.model import Extension, Flow, Reason, Target
 from steerd.telemetry.counters import Counters, Extra
 from steerd.wire import portext
 from steerd.worker import Worker, WorkerSettings
@@ -95,6 +96,31 @@ class StandInNftables:
         self.inserted += elements
 
 
+class StandInInjector:
+    """Remembers what was sent."""
+
+    def __init__(self, sent: list[tuple[bytes, int | None]]) -> None:
+        self._sent = sent
+
+    def send(self, packet: bytes, mark: int | None = None) -> None:
+        self._sent.append((packet, mark))
+
+    def close(self) -> None:
+        pass
+
+
+class StandInConntrack:
+    """Knows no entry."""
+
+    def is_answered(self, _flow: Flow) -> bool:
+        return False
+
+
+class StandInQueue:
+    def wait_at_most(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
 class Lab:
     """A worker, and everything around it."""
 
@@ -110,6 +136,10 @@ class Lab:
         self._on_packet: Callable[[Packet], None]
         monkeypatch.setattr(worker_module, "Nftables", lambda: self.nftables)
         monkeypatch.setattr(worker_module, "Queue", self._bind)
+        monkeypatch.setattr(worker_module.handshake, "measure", lambda: Handshake(1460, 1440, 7))
+        self.injected: list[tuple[bytes, int | None]] = []
+        monkeypatch.setattr(late, "Injector", lambda _mark: StandInInjector(self.injected))
+        monkeypatch.setattr(late, "Conntrack", StandInConntrack)
         self.bind_errors: list[Exception] = []
         self.settings = WorkerSettings(
             0, 100, 1000, 100000, str(directory), str(directory / "counters"), access_log, os.getpid()
@@ -120,7 +150,7 @@ class Lab:
         if self.bind_errors:
             raise self.bind_errors.pop()
         self._on_packet = on_packet
-        return object()
+        return StandInQueue()
 
     def start(self) -> None:
         with contextlib.redirect_stderr(self._stderr):

@@ -1,0 +1,102 @@
+"""A netlink socket to Netfilter's subsystems, and the coding of their messages: what `nftables` and `conntrack` share.
+
+Layout: include/uapi/linux/netlink.h and include/uapi/linux/netfilter/nfnetlink.h. The kernel answers inside the send
+call, so whoever has sent a request finds the answer waiting.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple
+
+from steerd.errors import KernelError
+
+NETLINK_NETFILTER = 12
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+REQUEST, ACK, DUMP, CREATE = 0x1, 0x4, 0x300, 0x400
+NESTED = 0x8000
+GENERIC = struct.Struct("!BBH")
+"""struct nfgenmsg: address family, version, resource id."""
+
+# Only a lost answer (no memory for it) could make a reader wait for ever.
+_ANSWER_SECONDS = 2.0
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute, padded."""
+    return _ATTRIBUTE.pack(len(value) + _ATTRIBUTE.size, kind) + value + b"\0" * (-len(value) % 4)
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes that stand one behind the other in `data`, by kind."""
+    found = {}
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        found[kind & ~NESTED] = data[offset + _ATTRIBUTE.size : offset + length]
+        offset += (max(length, _ATTRIBUTE.size) + 3) & ~3
+    return found
+
+
+def message(kind: int, flags: int, sequence: int, family: int, resource: int, body: bytes) -> bytes:
+    """One message. `kind` is subsystem << 8 | request; `body` its attributes."""
+    body = GENERIC.pack(family, 0, resource) + body
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
+
+
+class Reply(NamedTuple):
+    """One message of the kernel's: errno 0 for an acknowledgement or an object."""
+
+    sequence: int
+    kind: int
+    error: int
+    body: bytes
+
+
+class Nfnetlink:
+    """One socket. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.settimeout(_ANSWER_SECONDS)
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def next_sequence(self) -> int:
+        """A number for the next message, which the answers to it carry."""
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        return self._sequence
+
+    def send(self, messages: bytes) -> None:
+        self._socket.send(messages)
+
+    def receive(self, asked: str) -> list[Reply]:
+        """The messages of the next datagram. Raises KernelError with `asked`, which says who did not do what."""
+        try:
+            data = self._socket.recv(65536)
+        except TimeoutError:
+            raise KernelError(f"{asked}: no answer in {_ANSWER_SECONDS:g} s") from None
+        replies = []
+        offset = 0
+        while offset + _HEADER.size <= len(data):
+            length, kind, _flags, sequence, _port = _HEADER.unpack_from(data, offset)
+            body = data[offset + _HEADER.size : offset + length]
+            error = -struct.unpack_from("=i", body)[0] if kind == NLMSG_ERROR else 0
+            replies.append(Reply(sequence, kind, error, body))
+            offset += (length + 3) & ~3
+        return replies
+
+    def ask(self, kind: int, flags: int, family: int, body: bytes, asked: str) -> Reply:
+        """Send one request, and return the answer to it: an object, an acknowledgement or an error."""
+        sequence = self.next_sequence()
+        self.send(message(kind, REQUEST | flags, sequence, family, 0, body))
+        while True:
+            for reply in self.receive(asked):
+                if reply.sequence == sequence:
+                    return reply

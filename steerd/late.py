@@ -1,0 +1,286 @@
+"""The late half of a worker: connections that are decided by their first payload.
+
+The kernel has answered the client's SYN with a cookie and forgotten it. A first payload that decides goes on with the
+decision's mark: the kernel checks the cookie, throws the payload away and opens the connection to the daemon, all of it
+inside the verdict's system call; a copy of the payload then follows through a raw socket. `core.pending` says what to
+do with each segment, the engine decides, and here it is carried out.
+
+What goes on is the first packet itself, or an ACK made from its header: if the payload came in several segments, if
+only time decided, and over IPv6 always (wire.segment.bare_ack says why).
+
+**An old connection in the way.** A client that vanished and comes back from the same port meets a conntrack entry that
+is still there. The kernel's SYN to the daemon, which proves that the client is genuine, is dropped then, and the table
+notes the 4-tuple. When the client repeats itself, the note is found here, and the old entry is deleted. Without a note
+nothing is ever deleted: a spoofer could cut live connections.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+from steerd.core import pending
+from steerd.core.engine import Decision, Engine
+from steerd.core.marks import ASK_ID, OURS_ID, MarkLayout
+from steerd.core.pending import (
+    Acknowledge,
+    Decide,
+    Drop,
+    Evict,
+    ForwardRaw,
+    GiveUp,
+    Pending,
+    Silence,
+    Why,
+)
+from steerd.kernel.conntrack import Conntrack
+from steerd.kernel.handshake import Handshake
+from steerd.kernel.inject import Injector
+from steerd.kernel.nftables import Nftables
+from steerd.kernel.ruleset import flow_key
+from steerd.model import Answer, Flow, Outcome, Reason
+from steerd.telemetry.counters import Extra
+from steerd.wire import segment
+from steerd.wire.packet import Packet
+
+_REASONS = {
+    Why.BYTES: Reason.TOO_LONG,
+    Why.TIME: Reason.TOO_SLOW,
+    Why.CONFLICT: Reason.CONFLICT,
+    Why.ENDED: Reason.ENDED,
+    Why.UNANSWERED: Reason.UNANSWERED,
+}
+_DROPPED = {
+    Why.SOURCE: Extra.FULL_SOURCE,
+    Why.TOTAL: Extra.FULL_TOTAL,
+    Why.OUTSIDE: Extra.OUTSIDE,
+    Why.GAPS: Extra.GAPS,
+    Why.GIVEN_UP: Extra.GIVEN_UP,
+    Why.CLIENT_RESET: Extra.CLIENT_RESET,
+    Why.FIN_ALONE: Extra.NO_USE,
+    Why.NO_DATA: Extra.NO_USE,
+}
+_EVICTED = {Why.SOURCE: Extra.EVICTED_SOURCE, Why.TOTAL: Extra.EVICTED_TOTAL}
+# Fatal (2), unrecognized_name (112): RFC 8446 section 6, RFC 6066 section 3. In a record of TLS 1.0 to 1.3.
+_UNRECOGNIZED_NAME = bytes.fromhex("15 0303 0002 02 70")
+_TLS_HANDSHAKE = b"\x16\x03"
+TICK_SECONDS = 0.02
+"""As often as pending connections are looked through for those whose time is over."""
+
+
+class Verdict(NamedTuple):
+    """What becomes of a queued packet."""
+
+    id: int | None
+    """For the mark; None: it is dropped."""
+    payload: bytes | None = None
+    """What goes on in its place."""
+
+
+DROP = Verdict(None)
+
+
+class Late:
+    """All connections of one worker that are undecided, or were decided a moment ago.
+
+    `settle` counts and logs a decision and sees to it that the kernel knows its target; it returns the decision that is
+    to be carried out. `after` is filled with what has to be done once the verdict is given.
+    """
+
+    def __init__(
+        self,
+        settle: Callable[[Packet, Decision], Decision],
+        slot: memoryview,
+        nftables: Nftables,
+    ) -> None:
+        self.after: list[Callable[[], None]] = []
+        self._settle = settle
+        self._slot = slot
+        self._nftables = nftables
+        self._conntrack = Conntrack()
+        self._injector = Injector(0)
+        self._pending = Pending(pending.Limits(), self._inspect, self._patience)
+        self._looked = 0.0
+
+    def refresh(self, engine: Engine, mark: MarkLayout, limits: pending.Limits, handshake: Handshake) -> None:
+        """A new plan is in force. What is undecided stays, and is decided by it."""
+        self._engine = engine
+        self._mark = mark
+        self._handshake = handshake
+        self._pending.limits = limits
+        self._injector.close()
+        self._injector = Injector(mark.field(OURS_ID))
+
+    def __len__(self) -> int:
+        """How many connections wait for a decision."""
+        return len(self._pending)
+
+    def syn(self, packet: Packet) -> Verdict:
+        """A SYN that said too little after all: the same without what only seemed to say something goes round once
+        more, and the kernel answers it."""
+        self._send_later(segment.bare_syn(packet))
+        return DROP
+
+    def judge(self, packet: Packet, raw: bytes) -> Verdict:
+        """What becomes of a queued segment of an undecided connection; `raw` are its bytes, as far as they were
+        copied."""
+        now = time.monotonic()
+        if now - self._looked > TICK_SECONDS:
+            self.expire(now)
+        cut = _is_cut(packet, raw)
+        verdict = DROP
+        for action in self._pending.segment(packet, now, cut=cut):
+            if isinstance(action, ForwardRaw) and self._is_vanished(flow := _flow(packet)):
+                self._delete_entry(flow)
+                self._pending.forget(packet)
+                return self.judge(packet, raw)
+            verdict = self._carry_out(action, packet, raw, cut)
+        return verdict
+
+    def expire(self, now: float) -> None:
+        """See to connections whose time is over. What is to be done about them stands in `after`."""
+        self._looked = now
+        for action in self._pending.expire(now):
+            if isinstance(action, Silence):
+                decision = self._settle(action.first, self._engine.decide_silence(action.first))
+                self._open(action.first, decision, b"")
+            else:
+                self._give_up(action)
+
+    def _inspect(self, packet: Packet, data: bytes) -> Decision | Literal[Answer.NEED_MORE]:
+        return self._engine.decide_first(packet, data)
+
+    def _patience(self, packet: Packet) -> pending.Patience:
+        return self._engine.patience(packet)
+
+    # ---- actions ----
+
+    def _carry_out(self, action: pending.Action[Decision], packet: Packet, raw: bytes, cut: bool) -> Verdict:
+        slot = self._slot
+        match action:
+            case Decide():
+                return self._decide(action, raw, cut)
+            case ForwardRaw():
+                slot[Extra.FORWARDED] += 1
+                for copy in self._copies(packet, raw, cut):
+                    self._send_later(copy)
+            case Acknowledge(packet=acknowledged, ack=ack, window=window):
+                slot[Extra.HELD] += 1
+                slot[Extra.ACKNOWLEDGED] += 1
+                scale = self._handshake.window_scale
+                self._send_later(segment.acknowledgement(acknowledged, ack, window, scale))
+            case Drop(why=why):
+                slot[_DROPPED[why]] += 1
+            case Evict(why=why):
+                slot[_EVICTED[why]] += 1
+            case GiveUp():
+                self._give_up(action)
+            case _:
+                slot[Extra.HELD if packet.payload else Extra.SILENT] += 1
+        return DROP
+
+    def _decide(self, decide: Decide[Decision], raw: bytes, cut: bool) -> Verdict:
+        first = decide.first
+        if decide.attempt > 1 and not self._may_open_again(_flow(first)):
+            self._slot[Extra.DELIVERED_BEFORE] += 1
+            return DROP
+        decision = self._settle(first, decide.decision)
+        verdict = DROP
+        if decide.alone:
+            verdict = self._verdict(first, decision, decide.data)
+        else:
+            self._open(first, decision, decide.data)
+        if verdict is DROP and decide.alone:
+            return DROP
+        if decision.outcome is Outcome.STEER:
+            whole = decide.alone and not cut and len(decide.data) == len(first.payload)
+            size = self._handshake.mss4 - 12 if first.version == 4 else self._handshake.mss6 - 12
+            for copy in [raw] if whole else segment.data(first, decide.data, fin=decide.fin, size=size):
+                self._send_later(copy)
+        return verdict
+
+    def _give_up(self, action: GiveUp) -> None:
+        first = action.first
+        if action.why is Why.GIVEN_UP:
+            self._slot[Extra.RESET_AGAIN] += 1
+            self._send_later(segment.reset(first))
+            return
+        decision = self._settle(first, self._engine.give_up(first, _REASONS[action.why]))
+        if action.reset and not (action.why is Why.UNANSWERED and decision.outcome is Outcome.DROP):
+            self._send_later(segment.reset(first))
+        elif not action.reset:
+            self._open(first, decision, b"")
+
+    def _copies(self, packet: Packet, raw: bytes, cut: bool) -> list[bytes]:
+        """A packet once more; of one that was cut short, what is there of it: the client repeats the rest."""
+        return segment.data(packet, packet.payload, fin=False, size=len(packet.payload) or 1) if cut else [raw]
+
+    # ---- carrying a decision out ----
+
+    def _verdict(self, first: Packet, decision: Decision, data: bytes) -> Verdict:
+        """The queued packet itself stands for the client's ACK."""
+        id_ = self._id(decision)
+        if id_ is None:
+            return DROP
+        if id_ == ASK_ID:
+            self.after.append(partial(self._refuse, first, decision, data))
+        return Verdict(id_, segment.bare_ack(first) if first.version == 6 else None)
+
+    def _open(self, first: Packet, decision: Decision, data: bytes) -> None:
+        """An ACK of our own stands for the client's."""
+        id_ = self._id(decision)
+        if id_ is None:
+            return
+        self._send_later(segment.bare_ack(first), self._mark.field(id_))
+        if id_ == ASK_ID:
+            self.after.append(partial(self._refuse, first, decision, data))
+
+    def _id(self, decision: Decision) -> int | None:
+        if decision.outcome is Outcome.STEER:
+            return decision.target_id
+        return None if decision.outcome is Outcome.DROP else ASK_ID
+
+    def _refuse(self, first: Packet, decision: Decision, data: bytes) -> None:
+        """By now the kernel has checked the client's cookie, and noted the client if it was right. A spoofer's victim
+        gets nothing from us. Needs no state: what we said so far is the one SYN-ACK."""
+        if not self._nftables.contains(f"genuine{first.version}", flow_key(_flow(first))):
+            self._slot[Extra.NOT_GENUINE] += 1
+            return
+        said = b""
+        if decision.outcome is Outcome.ALERT and data.startswith(_TLS_HANDSHAKE):
+            said = _UNRECOGNIZED_NAME
+            self._injector.send(segment.alert(first, len(data), said))
+        self._injector.send(segment.reset(first, len(said)))
+
+    def _send_later(self, packet: bytes, mark: int | None = None) -> None:
+        self.after.append(partial(self._injector.send, packet, mark))
+
+    # ---- what the kernel knows ----
+
+    def _may_open_again(self, flow: Flow) -> bool:
+        """Whether a connection that was decided before may be opened once more. If an old one was in the way, it no
+        longer is; if the new one stands, a second one would carry the request out twice."""
+        if self._is_vanished(flow):
+            self._delete_entry(flow)
+            return True
+        return not self._conntrack.is_answered(flow)
+
+    def _is_vanished(self, flow: Flow) -> bool:
+        return self._nftables.contains(f"vanished{flow.version}", flow_key(flow))
+
+    def _delete_entry(self, flow: Flow) -> None:
+        if self._conntrack.delete(flow):
+            self._slot[Extra.OLD_ENTRY_DELETED] += 1
+
+
+def _is_cut(packet: Packet, raw: bytes) -> bool:
+    """Whether the copy ends before the packet does."""
+    if packet.version == 4:
+        return int.from_bytes(raw[2:4], "big") > len(raw)
+    return 40 + int.from_bytes(raw[4:6], "big") > len(raw)
+
+
+def _flow(packet: Packet) -> Flow:
+    return Flow(packet.src, packet.sport, packet.dst, packet.dport)
