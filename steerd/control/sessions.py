@@ -1,0 +1,374 @@
+"""The session table: which session id of which service belongs to which target and source (core.sessions).
+
+  sessions   service | 0x00 | session id   ->   _Record as msgpack
+
+Sessions of the configuration and sessions of the API live side by side in it, and each knows where it came from:
+
+- `publish` makes those of the configuration what the configuration says: it adds, changes and removes them, and leaves
+  the others alone. An id that both name is the configuration's from then on; the API cannot change it.
+- `put` and `remove` are the API's. A session of the API outlives restarts, and a time in which its service, or the
+  service's `sessions`, is not in the configuration; then it is not in force, and back as soon as they are.
+
+What a target must be is checked against the configuration in force, in the same transaction that writes it down; and
+again with each new configuration: a session whose target is neither in a pool nor external any more stays, but is not
+`usable`, and its connections are refused.
+
+The source that a session has *now* may be another than the one that was written for it (`claim`). It is kept for as
+long as the written one stays the same, over reloads and restarts; a `put` and a changed `source` in the configuration
+begin anew.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import lmdb
+import msgspec
+from msgspec.structs import replace
+
+from steerd import config as configuration
+from steerd.config import Config, Service
+from steerd.control.store import IdGiver, Store
+from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry, Sessions
+from steerd.errors import RegistryError, SteerdError
+from steerd.model import IPAddress
+
+
+class RequestError(SteerdError):
+    """A request that cannot be carried out. The message is a sentence."""
+
+    def __init__(self, code: Literal["not_found", "conflict", "invalid"], field: str | None, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
+        """What of the request is wrong: "service", "id", "target", "source"."""
+        self.message = message
+
+
+class SessionView(msgspec.Struct, frozen=True):
+    """One session for people and programs outside."""
+
+    service: str
+    id: str
+    targets: list[str]
+    source: str | None
+    """None: no client came yet, and none was written down."""
+    origin: Literal["configuration", "api"]
+    usable: bool
+    """False: the targets are not for use under the configuration in force; clients are refused."""
+
+
+class _Record(Session, frozen=True, array_like=True, gc=False):
+    """What the table holds: what workers read first, then what is the main process's own."""
+
+    written: bytes
+    """The source that was written for it; empty: none."""
+    of_configuration: bool
+    external4: bool
+    """The target was in no pool, and said so."""
+    external6: bool
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Record).decode
+_decode_session = msgspec.msgpack.Decoder(Session).decode
+
+
+def find(txn: lmdb.Transaction, sessions: Any, service: str, session_id: str) -> Session | None:
+    """The session with this id, whatever characters a client may have put into it."""
+    if len(session_id) > MAX_ID or not session_id.isascii():
+        return None
+    found = txn.get(_key(service, session_id), db=sessions)
+    return None if found is None else _decode_session(found)
+
+
+def _key(service: str, session_id: str) -> bytes:
+    return b"%b\0%b" % (service.encode("ascii"), session_id.encode("ascii"))
+
+
+class SessionTable:
+    """The writer's side. Its methods may be called from any thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._sessions = store.env.open_db(b"sessions")
+        # Both are of the configuration in force, and change under the store's lock.
+        self._config: Config | None = None
+        self._services: Mapping[str, Sessions] = {}
+
+    def publish(
+        self, txn: lmdb.Transaction, ids: IdGiver, config: Config, services: Mapping[str, Sessions]
+    ) -> Callable[[], None]:
+        """Make the configuration's sessions what it says, inside the transaction that puts the configuration in force.
+
+        Returns what to call, still under the store's lock, once the transaction is on the disk.
+        """
+        written = {_key(name, entry.id): entry for name, sessions in services.items() for entry in sessions.entries}
+        places = _Places(config)
+        gone, changed = [], []
+        for key, record in self._records(txn):
+            if key in written:
+                continue
+            if record.of_configuration:
+                gone.append(key)
+            elif (usable := self._is_usable(txn, record, places)) != record.usable:
+                changed.append((key, replace(record, usable=usable)))
+        for key in gone:
+            txn.delete(key, db=self._sessions)
+        for key, record in changed:
+            txn.put(key, _encode(record), db=self._sessions)
+        for key, entry in sorted(written.items()):
+            self._write(txn, key, self._record(txn, ids, places, key, entry, of_configuration=True))
+
+        def took_effect() -> None:
+            self._config, self._services = config, services
+
+        return took_effect
+
+    def put(self, service: str, session_id: str, target: object, source: str | None) -> tuple[SessionView, bool]:
+        """Define a session, or define it anew. Returns it, and whether its id is a new one.
+
+        `target` as a route's in the configuration: text, {"address": text, "external": true}, or a list of them. Raises
+        RequestError for what it must not be, RegistryError where no target id is left.
+        """
+        with self._store.writing() as txn:
+            config, sessions = self._of(service)
+            made = next(s for s in config.services if s.name == service)
+            entry = read_session(config, made, sessions.key, session_id, target, source)
+            key = _key(service, session_id)
+            old = self._get(txn, key)
+            if old is not None and old.of_configuration:
+                raise _in_configuration(config, service, session_id)
+            ids = self._store.ids(txn, config.gateway.mark.highest_id)
+            # Without the old one: a new serial, and the source as it is written now.
+            self._delete(txn, key)
+            record = self._record(txn, ids, _Places(config), key, entry, of_configuration=False)
+            self._write(txn, key, record)
+            return self._view(txn, service, session_id, record), old is None
+
+    def remove(self, service: str, session_id: str) -> None:
+        """Forget a session of the API; raises RequestError if there is none, or if it is the configuration's."""
+        with self._store.writing() as txn:
+            config, _ = self._of(service)
+            record = self._existing(txn, service, session_id)
+            if record.of_configuration:
+                raise _in_configuration(config, service, session_id)
+            self._delete(txn, _key(service, session_id))
+
+    def get(self, service: str, session_id: str) -> SessionView:
+        """One session; raises RequestError if there is none."""
+        self._of(service)
+        with self._store.env.begin() as txn:
+            return self._view(txn, service, session_id, self._existing(txn, service, session_id))
+
+    def page(self, service: str, after: str, limit: int) -> list[SessionView]:
+        """Up to `limit` sessions of a service, sorted by id, from the first one behind the id `after` on."""
+        self._of(service)
+        views: list[SessionView] = []
+        beginning = _key(service, "")
+        start = beginning + after.encode("utf-8", "surrogatepass")[: MAX_ID + 1]
+        with self._store.env.begin() as txn, txn.cursor(db=self._sessions) as cursor:
+            there = cursor.set_range(start)
+            if there and after and cursor.key() == start:
+                there = cursor.next()
+            while there and len(views) < limit and cursor.key().startswith(beginning):
+                session_id = str(cursor.key()[len(beginning) :], "ascii")
+                views.append(self._view(txn, service, session_id, _decode(cursor.value())))
+                there = cursor.next()
+        return views
+
+    def find(self, service: str, session_id: str) -> Session | None:
+        """As a worker finds it."""
+        with self._store.env.begin() as txn:
+            return find(txn, self._sessions, service, session_id)
+
+    def claim(self, claims: Iterable[Claim]) -> int:
+        """Write claimed sources down, as far as they are still to be had; returns how many sessions have another one.
+
+        One transaction for all of them. A claim on a session that was removed or defined anew means nothing; unless the
+        service now says "move", a session that has a source keeps it.
+        """
+        changed = 0
+        with self._store.writing() as txn:
+            for claim in claims:
+                key = _key(claim.service, claim.id)
+                record = self._get(txn, key)
+                if record is None or record.serial != claim.serial or record.source == claim.source:
+                    continue
+                sessions = self._services.get(claim.service)
+                may_move = not claim.exclusive and sessions is not None and sessions.on_new_source == "move"
+                if record.source and not may_move:
+                    continue
+                self._write(txn, key, replace(record, source=claim.source))
+                changed += 1
+        return changed
+
+    def _of(self, service: str) -> tuple[Config, Sessions]:
+        """The configuration in force, and what it says of a service's sessions."""
+        with self._store.lock:
+            config, sessions = self._config, self._services.get(service)
+        if config is None:
+            raise RegistryError("the registry holds no configuration yet: it is published when the daemon starts")
+        if all(service != known.name for known in config.services):
+            raise RequestError("not_found", "service", f"{service} is not a service of {config.file}.")
+        if sessions is None:
+            raise RequestError(
+                "not_found", "service", f"The service {service} has no sessions: {config.file} names no key for them."
+            )
+        return config, sessions
+
+    def _record(
+        self,
+        txn: lmdb.Transaction,
+        ids: IdGiver,
+        places: _Places,
+        key: bytes,
+        entry: SessionEntry,
+        *,
+        of_configuration: bool,
+    ) -> _Record:
+        """A session as it is written down; what is known of its source stays if the same was written before."""
+        written = entry.source.packed if entry.source is not None else b""
+        old = self._get(txn, key)
+        kept = old if old is not None and old.written == written else None
+        targets = ids.for_targets(entry.targets)
+        external = {t.address.version: not places.in_pool(t.address) for t in entry.targets}
+        return _Record(
+            serial=self._store.next_serial(txn) if kept is None else kept.serial,
+            ipv4=targets.ipv4,
+            ipv6=targets.ipv6,
+            source=written if kept is None else kept.source,
+            usable=True,
+            written=written,
+            of_configuration=of_configuration,
+            external4=external.get(4, False),
+            external6=external.get(6, False),
+        )
+
+    def _is_usable(self, txn: lmdb.Transaction, record: _Record, places: _Places) -> bool:
+        return all(
+            places.usable(txn, self._store, target_id, external)
+            for target_id, external in ((record.ipv4, record.external4), (record.ipv6, record.external6))
+            if target_id
+        )
+
+    def _existing(self, txn: lmdb.Transaction, service: str, session_id: str) -> _Record:
+        is_possible = session_id.isascii() and len(session_id) <= MAX_ID
+        record = self._get(txn, _key(service, session_id)) if is_possible else None
+        if record is None:
+            raise RequestError("not_found", "id", f"The service {service} has no session of this id.")
+        return record
+
+    def _view(self, txn: lmdb.Transaction, service: str, session_id: str, record: _Record) -> SessionView:
+        targets = (self._store.target(txn, target_id) for target_id in (record.ipv4, record.ipv6) if target_id)
+        return SessionView(
+            service=service,
+            id=session_id,
+            targets=[str(target) for target in targets],
+            source=str(ipaddress.ip_address(record.source)) if record.source else None,
+            origin="configuration" if record.of_configuration else "api",
+            usable=record.usable,
+        )
+
+    def _records(self, txn: lmdb.Transaction) -> Iterator[tuple[bytes, _Record]]:
+        with txn.cursor(db=self._sessions) as cursor:
+            for key, value in cursor:
+                yield bytes(key), _decode(value)
+
+    def _get(self, txn: lmdb.Transaction, key: bytes) -> _Record | None:
+        found = txn.get(key, db=self._sessions)
+        return None if found is None else _decode(found)
+
+    def _write(self, txn: lmdb.Transaction, key: bytes, record: _Record) -> None:
+        txn.put(key, _encode(record), db=self._sessions)
+
+    def _delete(self, txn: lmdb.Transaction, key: bytes) -> None:
+        txn.delete(key, db=self._sessions)
+
+
+def _in_configuration(config: Config, service: str, session_id: str) -> RequestError:
+    return RequestError(
+        "conflict", "id", f"The session {session_id} of {service} is in {config.file}; change it there, and reload."
+    )
+
+
+class _Places:
+    """Where a configuration allows targets to be, ready to be asked about many."""
+
+    def __init__(self, config: Config) -> None:
+        self._highest_id = config.gateway.mark.highest_id
+        self._endpoints = {endpoint.address for service in config.services for endpoint in service.endpoints}
+        self._firsts: dict[int, list[int]] = {}
+        self._lasts: dict[int, list[int]] = {}
+        for version in (4, 6):
+            blocks = sorted(
+                (int(block.first), int(block.first) + block.length - 1)
+                for pool in config.pools.values()
+                for block in pool.blocks(version)
+            )
+            self._firsts[version] = [first for first, _ in blocks]
+            self._lasts[version] = [last for _, last in blocks]
+        self._known: dict[tuple[int, bool], bool] = {}
+
+    def in_pool(self, address: IPAddress) -> bool:
+        """Whether an address is an alias of some pool."""
+        position = bisect_right(self._firsts[address.version], int(address)) - 1
+        return position >= 0 and int(address) <= self._lasts[address.version][position]
+
+    def usable(self, txn: lmdb.Transaction, store: Store, target_id: int, external: bool) -> bool:
+        """Whether connections may be steered to a target; `external`: it may lie outside the pools."""
+        known = self._known.get((target_id, external))
+        if known is None:
+            target = store.target(txn, target_id) if target_id <= self._highest_id else None
+            known = target is not None and (
+                self.in_pool(target.address) or (external and target.address not in self._endpoints)
+            )
+            self._known[target_id, external] = known
+        return known
+
+
+# --- To be moved to config.py (public there), since it is one place for the file and the API -------------------------
+
+_COOKIE_OR_RTSP = ("rtsp.session", "http.cookie.")
+
+
+def read_session(
+    config: Config, service: Service, key: str, session_id: str, target: object, source: str | None
+) -> SessionEntry:
+    """One session as the API gives it, checked as in the configuration. Raises RequestError with the first mistake."""
+    reader = configuration._Reader()
+    endpoints = {
+        s.name: {f"services.{s.name}.endpoints[{i}]": e for i, e in enumerate(s.endpoints)} for s in config.services
+    }
+    scene = configuration._Scene(config.pools, endpoints, reader)
+    reader.attempt("id", lambda text: check_id(key, text), session_id)
+    address = None if source is None else reader.attempt("source", source_address, source)
+    targets = configuration._targets(target, "target", {e.address.version for e in service.endpoints}, scene)
+    if scene.wildcard:
+        reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
+    for problem in reader.problems:
+        raise RequestError("invalid", problem.key, problem.message)
+    return SessionEntry(session_id, targets, address)
+
+
+def check_id(key: str, text: str) -> str:
+    """A session id that a client can say; raises ValueError, with a sentence, for any other."""
+    if not 1 <= len(text) <= MAX_ID or not re.fullmatch(r"[\x20-\x7e]*", text) or text != text.strip(" "):
+        raise ValueError(f"Must be 1 to {MAX_ID} printable ASCII characters, without a space at either end.")
+    if text in (".", ".."):
+        raise ValueError("Must not be . or .., which cannot stand in a URL.")
+    if key.startswith(_COOKIE_OR_RTSP) and ";" in text:
+        raise ValueError(f"Has a ;, where the value of {key} ends: no client can ever say it.")
+    return text
+
+
+def source_address(text: str) -> IPAddress:
+    """A client's address; raises ValueError, with a sentence, for what is none."""
+    address = configuration._address(text)
+    if (kind := configuration._unusable(ipaddress.ip_network(address))) is not None:
+        raise ValueError(f"{address} is {kind}; no client comes from there.")
+    return address
