@@ -29,6 +29,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     core/          engine, router, pools, marks, plan (have and want -> what to do)
     kernel/        queue, nftables (netlink), ruleset (the table), aliases, listeners, host
     control/       registry (LMDB): ids, routes and the plan; what must outlive a process and what all workers read
+                   sessions and claims on them; the API and its client
     telemetry/     counters in shared memory, logs
 
 Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and

@@ -34,6 +34,7 @@ from msgspec import Meta, Struct
 from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
 from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
+from steerd.core.sessions import MAX_ID, OnNewSource, SessionEntry, Sessions
 from steerd.errors import ConfigError, Problem
 from steerd.model import TCP, Condition, Endpoint, IPAddress, IPNetwork, Match, Outcome, Route, Target
 from steerd.wire import portext
@@ -163,6 +164,7 @@ class Service(Struct, frozen=True):
     on_silence: tuple[Target, ...]
     """At most one of each address family; empty: who says nothing is of no interest."""
     extension_pool: ExtensionPool | None
+    sessions: Sessions | None
     routes: tuple[Route, ...]
     """Without duplicates and ties."""
 
@@ -222,6 +224,29 @@ def parse(text: str, file: str) -> Config:
     return Config(file, gateway, pools, tuple(services), tuple(scene.wildcard))
 
 
+def check_session(
+    config: Config, service: Service, session_id: str, target: object, source: str | None
+) -> SessionEntry:
+    """A session that is not in the file (but in a request, say), checked as those in it are.
+
+    Raises ConfigError, with the keys `id`, `target` and `source`. The service must have sessions.
+    """
+    assert service.sessions is not None
+    reader = _Reader()
+    endpoints = {
+        each.name: {f"services.{each.name}.endpoints[{index}]": e for index, e in enumerate(each.endpoints)}
+        for each in config.services
+    }
+    scene = _Scene(config.pools, endpoints, reader)
+    versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
+    entry = _session(_RawSession(session_id, target, source), "", service.sessions.key, versions, scene)
+    if scene.wildcard:
+        reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
+    if reader.problems:
+        raise ConfigError(config.file, reader.problems)
+    return entry
+
+
 # --- 1. From TOML to structs -----------------------------------------------------------------------------------------
 
 
@@ -275,6 +300,18 @@ class _RawRoute(Struct):
     source: str | None = None
 
 
+class _RawSession(Struct):
+    id: str
+    target: Any
+    source: str | None = None
+
+
+class _RawSessions(Struct):
+    key: str
+    on_new_source: OnNewSource
+    entries: list[_RawSession] = []
+
+
 class _RawService(Struct):
     endpoints: list[str]
     inspect: list[str] = []
@@ -284,6 +321,7 @@ class _RawService(Struct):
     first_payload_timeout: Annotated[float, Meta(ge=0.01, le=600)] | None = None
     on_silence: Any = None
     extension_pool: _RawExtensionPool | None = None
+    sessions: _RawSessions | None = None
     routes: list[_RawRoute] = []
 
 
@@ -564,6 +602,24 @@ def _unusable(network: IPNetwork) -> str | None:
     return None
 
 
+def _source_address(text: str) -> IPAddress:
+    address = _address(text)
+    if (kind := _unusable(ipaddress.ip_network(address))) is not None:
+        raise ValueError(f"{address} is {kind}; no client comes from there.")
+    return address
+
+
+def _session_id(text: str, *, key: str) -> str:
+    """An id that a client can say as the value of a key, and that can stand in the API's URLs."""
+    if not 1 <= len(text) <= MAX_ID or not re.fullmatch(r"[\x20-\x7e]*", text) or text != text.strip(" "):
+        raise ValueError(f"Must be 1 to {MAX_ID} printable ASCII characters, without a space at either end.")
+    if text in (".", ".."):
+        raise ValueError("Must not be . or .., which cannot stand in a URL.")
+    if ";" in text and not key.startswith("http.header."):
+        raise ValueError(f"Has a ;, where the value of {key} ends: no client can ever say it.")
+    return text
+
+
 def _mark_bits(text: str) -> MarkLayout:
     match = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", text)
     if match is None or not int(match[1]) < int(match[2]) < MARK_BITS:
@@ -842,10 +898,16 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     if unextended is not Unextended.INSPECT and raw.unmatched == "tls-alert" and not reader.is_bad(f"{path}.inspect"):
         reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no first payload is inspected; name "tls" in inspect.')
     extension_pool = _extension_pool(raw, path, versions, scene)
+    sessions = _sessions(raw.sessions, f"{path}.sessions", inspect, versions, scene)
     routes = _routes(raw.routes, path, inspect, versions, scene)
-    ways = {"routes": raw.routes, "default": raw.default, "extension_pool": raw.extension_pool}
+    ways = {
+        "routes": raw.routes,
+        "default": raw.default,
+        "extension_pool": raw.extension_pool,
+        "sessions": raw.sessions is not None,
+    }
     if not any(way or reader.is_bad(f"{path}.{key}") for key, way in ways.items()):
-        reader.problem(path, "Can never steer anything: it has no routes, no default and no extension_pool.")
+        reader.problem(path, "Can never steer anything: it has no routes, no default, no extension_pool, no sessions.")
     return Service(
         name=name,
         endpoints=endpoints,
@@ -856,6 +918,7 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         first_payload_timeout=10.0 if raw.first_payload_timeout is None else raw.first_payload_timeout,
         on_silence=on_silence,
         extension_pool=extension_pool,
+        sessions=sessions,
         routes=routes,
     )
 
@@ -1006,6 +1069,48 @@ def _target(key: str, item: object, scene: _Scene) -> Target | None:
     return target
 
 
+def _sessions(
+    raw: _RawSessions | None, path: str, inspect: tuple[str, ...], versions: set[int], scene: _Scene
+) -> Sessions | None:
+    reader = scene.reader
+    if raw is None or reader.is_bad(f"{path}.key"):
+        return None
+    key = _normal_key(raw.key)
+    try:
+        _check_session_key(key, _Conditions(inspect, reader))
+    except ValueError as error:
+        reader.problem(f"{path}.key", str(error))
+        return None
+    entries: dict[str, SessionEntry] = {}
+    for index, each in enumerate(raw.entries):
+        where = f"{path}.entries[{index}]"
+        entry = _session(each, where, key, versions, scene)
+        if entry.id in entries and not reader.is_bad(f"{where}.id"):
+            reader.problem(
+                f"{where}.id", f"{_shown(entry.id)} is there twice; a session has one target and one source."
+            )
+        entries[entry.id] = entry
+    return Sessions(key, raw.on_new_source, tuple(entries.values()))
+
+
+def _check_session_key(key: str, conditions: _Conditions) -> None:
+    name = key.removeprefix("http.cookie.").removeprefix("http.header.")
+    if key != "rtsp.session" and (name == key or not name):
+        raise ValueError(
+            f'Must be "rtsp.session", "http.cookie.NAME" or "http.header.NAME", the key of an id, not {_shown(key)}.'
+        )
+    conditions.parser_of(key)
+
+
+def _session(raw: _RawSession, path: str, key: str, versions: set[int], scene: _Scene) -> SessionEntry:
+    reader = scene.reader
+    reader.attempt(_join(path, "id"), functools.partial(_session_id, key=key), raw.id)
+    source = None if raw.source is None else reader.attempt(_join(path, "source"), _source_address, raw.source)
+    target = _join(path, "target")
+    targets = () if reader.is_bad(target) else _targets(raw.target, target, versions, scene)
+    return SessionEntry(raw.id, targets, source)
+
+
 def _routes(
     raws: list[_RawRoute], path: str, inspect: tuple[str, ...], versions: set[int], scene: _Scene
 ) -> tuple[Route, ...]:
@@ -1066,7 +1171,7 @@ class _Conditions:
             key = _normal_key(written)
             where = f"{path}.{written}" if written.isprintable() else f"{path}.{json.dumps(written)}"
             try:
-                condition = _condition(key, value, self._parser_of(key))
+                condition = _condition(key, value, self.parser_of(key))
             except ValueError as error:
                 self._reader.problem(where, str(error))
                 continue
@@ -1075,7 +1180,7 @@ class _Conditions:
             found[key] = condition
         return tuple(found.values())
 
-    def _parser_of(self, key: str) -> str:
+    def parser_of(self, key: str) -> str:
         if key not in self._parsers:
             known = (*self._inspect, PORT_EXTENSION, *REGISTRY)
             self._parsers[key] = next((p for p in known if key_rank(key, [_keys_of(p)]) is not None), None)
@@ -1092,7 +1197,9 @@ def _check_ids(gateway: Gateway, services: list[Service], reader: _Reader) -> No
     if reader.problems:
         return
     singles = {target for service in services for target in service.default}
+    singles |= {target for service in services for target in service.on_silence}
     singles |= {target for service in services for route in service.routes for target in route.targets}
+    singles |= {t for s in services if s.sessions is not None for entry in s.sessions.entries for t in entry.targets}
     blocks = {(s.extension_pool.pool, s.extension_pool.port) for s in services if s.extension_pool is not None}
     needed = len(singles) + sum(pool.alias_count(4) + pool.alias_count(6) for pool, _ in blocks)
     room = gateway.mark.highest_id - FIRST_TARGET_ID + 1

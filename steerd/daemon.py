@@ -24,6 +24,8 @@ import msgspec
 
 from steerd import config as configuration
 from steerd.config import Config, Service, Unextended
+from steerd.control.api import Api
+from steerd.control.claims import Collector
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
@@ -152,6 +154,8 @@ class Daemon:
         self._lock = take_lock(config.gateway.run_dir)
         self._log = logs.configure(process="main")
         self._registry = Registry(config.gateway.state_dir)
+        self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
+        self._api = Api(self._registry, config.gateway.run_dir, self._on_api_fault)
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)
         self._stop = asyncio.Event()
@@ -186,10 +190,12 @@ class Daemon:
             aliases_removed=changes.removed,
             seconds=round(time.monotonic() - started, 3),
         )
+        await self._api.start()
         ready = [asyncio.Event() for _ in range(self._config.gateway.workers)]
         tasks = [asyncio.create_task(self._keep_worker(index, ready[index])) for index in range(len(ready))]
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
         tasks += [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch_queues())]
+        tasks.append(asyncio.create_task(self._claims.keep_collecting(self._on_claims_kept)))
         announce = asyncio.create_task(self._announce(ready, started))
         stop = asyncio.create_task(self._stop.wait())
         # A task that ends by itself has failed in a way that nobody foresaw: say so, and end.
@@ -197,9 +203,24 @@ class Daemon:
         for task in (announce, stop, *tasks):
             task.cancel()
         await asyncio.gather(announce, stop, *tasks, return_exceptions=True)
+        await self._api.stop()
+        await self._collect_claims()
         for task in done - {stop}:
             task.result()
         self._log.info("stopped", left="table and aliases (remove them with: steerd down)")
+
+    def _on_api_fault(self, text: str) -> None:
+        self._log.error("fault in the API", why=text)
+
+    async def _collect_claims(self) -> None:
+        """The last ones, of workers that are gone: who wipes run_dir after the daemon takes none of them away."""
+        try:
+            await asyncio.to_thread(self._claims.collect)
+        except (SteerdError, OSError) as error:
+            self._on_claims_kept(str(error))
+
+    def _on_claims_kept(self, why: str) -> None:
+        self._log.error("claims of sessions cannot be written down; they are kept", why=why)
 
     async def _announce(self, ready: list[asyncio.Event], started: float) -> None:
         for event in ready:
@@ -215,6 +236,7 @@ class Daemon:
             queue_length=gateway.queue_length,
             receive_buffer=gateway.receive_buffer,
             state_dir=gateway.state_dir,
+            run_dir=gateway.run_dir,
             counters=str(self._counters.path),
             access_log=gateway.access_log,
             main_pid=os.getpid(),

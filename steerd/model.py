@@ -150,6 +150,10 @@ class Reason(enum.IntEnum):
     """The client closed before its first payload sufficed."""
     UNANSWERED = 18
     """The client repeats a first payload that was decided already, and nothing came of it."""
+    SESSION = 19
+    """A session id that is known: its target."""
+    SESSION_REFUSED = 20
+    """A session id that is known, from a source that may not use it, or with a target that is not for use now."""
 
 
 class Outcome(enum.Enum):

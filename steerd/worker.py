@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from steerd.control.claims import Claimant
 from steerd.control.registry import Reader
 from steerd.core.engine import Decision, Engine
 from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
@@ -50,6 +51,7 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     queue_length: int
     receive_buffer: int
     state_dir: str
+    run_dir: str
     counters: str
     access_log: int
     """0: no decision is logged, 1: every one, n: one of n."""
@@ -65,6 +67,7 @@ class Worker:
         self._counters = Counters.open(Path(settings.counters), write=True)
         self._slot = self._counters.slot(settings.index)
         self._reader = Reader(settings.state_dir)
+        self._claimant = Claimant(settings.run_dir, self._reader.session)
         self._nftables = Nftables()
         self._faults: set[str] = set()
         self._until_logged = settings.access_log
@@ -95,7 +98,7 @@ class Worker:
         self._mark = MarkLayout(plan.mark_low, plan.mark_high)
         # The registry gives no id that does not fit, so the hot path need not ask `field` again.
         self._clear, self._shift = ~self._mark.mask & 0xFFFFFFFF, self._mark.shift
-        self._engine = Engine(plan, self._reader.route)
+        self._engine = Engine(plan, self._reader.route, self._reader.session)
         self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
         self._loaded: set[int] = set()
         # Last, so that after a failure every packet tries again: the old plan's probes, looked up among the new plan's
@@ -172,7 +175,10 @@ class Worker:
         return DROP
 
     def _settle(self, packet: wire.Packet, decision: Decision) -> Decision:
-        """Have the kernel know the decision's target, count and log it; returns the decision that counts then."""
+        """Make the decision's claim, have the kernel know its target, count and log it; returns the decision that
+        counts then."""
+        if decision.claim is not None and not self._claimant.claim(decision.claim):
+            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(keys=decision.keys)
         if decision.outcome is Outcome.STEER and decision.target_id not in self._loaded:
             decision = self._load(decision)
         self._slot[decision.reason] += 1

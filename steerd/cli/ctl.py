@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from steerd import config as configuration
 from steerd.cli.main import DEFAULT_CONFIG, EXIT_BAD_CONFIG, EXIT_FAILED, ConfigFile
@@ -17,6 +19,13 @@ from steerd.errors import ConfigError, SteerdError
 from steerd.telemetry.counters import Counters, Extra
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+session = typer.Typer(no_args_is_help=True, help="Sessions: which session id belongs to which target and source.")
+app.add_typer(session, name="session")
+
+Service = Annotated[str, typer.Argument(help="Name of the service.")]
+SessionId = Annotated[str, typer.Argument(help="What clients say.", metavar="ID")]
+Config = Annotated[Path, typer.Option(help="The daemon's configuration, in TOML.", metavar="FILE")]
+Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
 @app.command()
@@ -86,6 +95,68 @@ def probe(
     except OSError as error:
         raise SteerdError(f"{host} cannot be probed: {error.strerror}.") from error
     sys.exit(status)
+
+
+@session.command("list")
+def list_sessions(service: Service, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """All sessions of a service, those of the configuration and those that were added."""
+    path = ("services", service, "sessions")
+    found: list[dict[str, Any]] = []
+    after: str | None = ""
+    while after is not None:
+        page = _ask(config, "GET", *path, query={"after": after})
+        found += page["sessions"]
+        after = page["next"]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table("id", "target", "source", "from", "state", title=f"sessions of {service}")
+    for each in found:
+        table.add_row(*(Text(text, overflow="fold") for text in _session_row(each)))
+    Console().print(table)
+
+
+@session.command("add")
+def add_session(
+    service: Service,
+    session_id: SessionId,
+    targets: Annotated[
+        list[str], typer.Argument(help="ADDRESS:PORT, or ADDRESS:same; one for each address family.", metavar="TARGET")
+    ],
+    source: Annotated[str | None, typer.Option(help="The client's address. Default: the first that comes.")] = None,
+    external: Annotated[bool, typer.Option("--external", help="The targets are in no pool.")] = False,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Define a session, or define it anew."""
+    body = {"target": [{"address": target, "external": external} for target in targets], "source": source}
+    made = _ask(config, "PUT", "services", service, "sessions", session_id, body=body)
+    typer.echo(json.dumps(made) if as_json else f"{made['id']}: {', '.join(made['targets'])}")
+
+
+@session.command("remove")
+def remove_session(
+    service: Service, session_id: SessionId, config: Config = DEFAULT_CONFIG, as_json: Json = False
+) -> None:
+    """Forget a session that was added; its connections go on."""
+    _ask(config, "DELETE", "services", service, "sessions", session_id)
+    typer.echo(json.dumps({"service": service, "id": session_id}) if as_json else f"{session_id}: removed")
+
+
+def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        session["id"],
+        ", ".join(session["targets"]),
+        session["source"] or "the first that comes",
+        session["origin"],
+        "in force" if session["usable"] else "refused: the configuration allows its target no more",
+    )
+
+
+def _ask(config: Path, method: str, *path: str, query: dict[str, str] | None = None, body: object = None) -> Any:
+    from steerd.control import client
+
+    return client.request(configuration.load(config).gateway.run_dir, method, *path, query=query, body=body)
 
 
 def main() -> None:

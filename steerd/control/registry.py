@@ -9,7 +9,7 @@ before anybody is told of it. Target ids are in control.store, sessions in contr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import lmdb
 import msgspec
@@ -18,11 +18,10 @@ from steerd.config import PORT_EXTENSION, Config, Service, Unextended
 from steerd.control import sessions as session_table
 from steerd.control.sessions import SessionTable
 from steerd.control.store import IdGiver, Store, open_to_read, target_of
-from steerd.core.engine import EndpointPlan, PayloadParser, Plan, ServicePlan
-from steerd.core.engine import Mapping as ExtensionMapping
+from steerd.core.engine import EndpointPlan, Mapping, PayloadParser, Plan, ServicePlan
 from steerd.core.pending import Limits
 from steerd.core.router import compile_routes
-from steerd.core.sessions import Session, Sessions
+from steerd.core.sessions import Session, SessionsPlan
 from steerd.errors import RegistryError
 from steerd.model import Reason, Route, Target
 from steerd.wire.registry import REGISTRY, Parser
@@ -51,9 +50,9 @@ class Registry:
         """Free the reader slots of workers that were killed; returns how many."""
         return int(self._store.env.reader_check())
 
-    def publish(self, config: Config, sessions: Mapping[str, Sessions] | None = None) -> Plan:
-        """Give ids to all targets of a configuration and put its plan, routes and sessions (by service) in force, in
-        one transaction.
+    def publish(self, config: Config) -> Plan:
+        """Give ids to all targets of a configuration and put its plan, routes and sessions in force, in one
+        transaction.
 
         Raises RegistryError if the mark bits have no room for the ids; then nothing has changed.
         """
@@ -61,7 +60,7 @@ class Registry:
             with self._store.writing() as txn:
                 ids = self._store.ids(txn, config.gateway.mark.highest_id)
                 plan = self._publish(txn, ids, config)
-                sessions_took_effect = self.sessions.publish(txn, ids, config, sessions or {})
+                sessions_took_effect = self.sessions.publish(txn, ids, config)
             sessions_took_effect()
         return plan
 
@@ -93,7 +92,7 @@ class Registry:
             cursor.putmulti(sorted((key, packed[number]) for key, number in compiled.entries))
         mapping = None
         if (pool := service.extension_pool) is not None:
-            mapping = ExtensionMapping(
+            mapping = Mapping(
                 by_extended_port=pool.by == "extended-port",
                 first=pool.first,
                 ipv4=[ids.for_block(block, pool.port) for block in pool.pool.blocks(4)],
@@ -114,6 +113,7 @@ class Registry:
             unextended=_UNEXTENDED[service.unextended],
             first_payload_timeout=service.first_payload_timeout,
             on_silence=ids.for_targets(service.on_silence) if service.on_silence else None,
+            sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source) if service.sessions else None,
         )
 
 

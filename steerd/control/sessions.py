@@ -21,9 +21,8 @@ begin anew.
 from __future__ import annotations
 
 import ipaddress
-import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import lmdb
@@ -33,8 +32,8 @@ from msgspec.structs import replace
 from steerd import config as configuration
 from steerd.config import Config, Service
 from steerd.control.store import IdGiver, Store
-from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry, Sessions
-from steerd.errors import RegistryError, SteerdError
+from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry
+from steerd.errors import ConfigError, RegistryError, SteerdError
 from steerd.model import IPAddress
 
 
@@ -96,18 +95,21 @@ class SessionTable:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._sessions = store.env.open_db(b"sessions")
-        # Both are of the configuration in force, and change under the store's lock.
+        # What is in force; changes under the store's lock.
         self._config: Config | None = None
-        self._services: Mapping[str, Sessions] = {}
+        self._services: dict[str, Service] = {}
 
-    def publish(
-        self, txn: lmdb.Transaction, ids: IdGiver, config: Config, services: Mapping[str, Sessions]
-    ) -> Callable[[], None]:
+    def publish(self, txn: lmdb.Transaction, ids: IdGiver, config: Config) -> Callable[[], None]:
         """Make the configuration's sessions what it says, inside the transaction that puts the configuration in force.
 
         Returns what to call, still under the store's lock, once the transaction is on the disk.
         """
-        written = {_key(name, entry.id): entry for name, sessions in services.items() for entry in sessions.entries}
+        written = {
+            _key(service.name, entry.id): entry
+            for service in config.services
+            if service.sessions is not None
+            for entry in service.sessions.entries
+        }
         places = _Places(config)
         gone, changed = [], []
         for key, record in self._records(txn):
@@ -125,7 +127,7 @@ class SessionTable:
             self._write(txn, key, self._record(txn, ids, places, key, entry, of_configuration=True))
 
         def took_effect() -> None:
-            self._config, self._services = config, services
+            self._config, self._services = config, {service.name: service for service in config.services}
 
         return took_effect
 
@@ -136,9 +138,12 @@ class SessionTable:
         RequestError for what it must not be, RegistryError where no target id is left.
         """
         with self._store.writing() as txn:
-            config, sessions = self._of(service)
-            made = next(s for s in config.services if s.name == service)
-            entry = read_session(config, made, sessions.key, session_id, target, source)
+            config, found = self._of(service)
+            try:
+                entry = configuration.check_session(config, found, session_id, target, source)
+            except ConfigError as error:
+                problem = error.problems[0]
+                raise RequestError("invalid", problem.key, problem.message) from error
             key = _key(service, session_id)
             old = self._get(txn, key)
             if old is not None and old.of_configuration:
@@ -199,7 +204,8 @@ class SessionTable:
                 record = self._get(txn, key)
                 if record is None or record.serial != claim.serial or record.source == claim.source:
                     continue
-                sessions = self._services.get(claim.service)
+                service = self._services.get(claim.service)
+                sessions = None if service is None else service.sessions
                 may_move = not claim.exclusive and sessions is not None and sessions.on_new_source == "move"
                 if record.source and not may_move:
                     continue
@@ -207,19 +213,19 @@ class SessionTable:
                 changed += 1
         return changed
 
-    def _of(self, service: str) -> tuple[Config, Sessions]:
-        """The configuration in force, and what it says of a service's sessions."""
+    def _of(self, name: str) -> tuple[Config, Service]:
+        """The configuration in force, and one of its services, which has sessions."""
         with self._store.lock:
-            config, sessions = self._config, self._services.get(service)
+            config, service = self._config, self._services.get(name)
         if config is None:
             raise RegistryError("the registry holds no configuration yet: it is published when the daemon starts")
-        if all(service != known.name for known in config.services):
-            raise RequestError("not_found", "service", f"{service} is not a service of {config.file}.")
-        if sessions is None:
+        if service is None:
+            raise RequestError("not_found", "service", f"{name} is not a service of {config.file}.")
+        if service.sessions is None:
             raise RequestError(
-                "not_found", "service", f"The service {service} has no sessions: {config.file} names no key for them."
+                "not_found", "service", f"The service {name} has no sessions: {config.file} names no key for them."
             )
-        return config, sessions
+        return config, service
 
     def _record(
         self,
@@ -329,46 +335,3 @@ class _Places:
             )
             self._known[target_id, external] = known
         return known
-
-
-# --- To be moved to config.py (public there), since it is one place for the file and the API -------------------------
-
-_COOKIE_OR_RTSP = ("rtsp.session", "http.cookie.")
-
-
-def read_session(
-    config: Config, service: Service, key: str, session_id: str, target: object, source: str | None
-) -> SessionEntry:
-    """One session as the API gives it, checked as in the configuration. Raises RequestError with the first mistake."""
-    reader = configuration._Reader()
-    endpoints = {
-        s.name: {f"services.{s.name}.endpoints[{i}]": e for i, e in enumerate(s.endpoints)} for s in config.services
-    }
-    scene = configuration._Scene(config.pools, endpoints, reader)
-    reader.attempt("id", lambda text: check_id(key, text), session_id)
-    address = None if source is None else reader.attempt("source", source_address, source)
-    targets = configuration._targets(target, "target", {e.address.version for e in service.endpoints}, scene)
-    if scene.wildcard:
-        reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
-    for problem in reader.problems:
-        raise RequestError("invalid", problem.key, problem.message)
-    return SessionEntry(session_id, targets, address)
-
-
-def check_id(key: str, text: str) -> str:
-    """A session id that a client can say; raises ValueError, with a sentence, for any other."""
-    if not 1 <= len(text) <= MAX_ID or not re.fullmatch(r"[\x20-\x7e]*", text) or text != text.strip(" "):
-        raise ValueError(f"Must be 1 to {MAX_ID} printable ASCII characters, without a space at either end.")
-    if text in (".", ".."):
-        raise ValueError("Must not be . or .., which cannot stand in a URL.")
-    if key.startswith(_COOKIE_OR_RTSP) and ";" in text:
-        raise ValueError(f"Has a ;, where the value of {key} ends: no client can ever say it.")
-    return text
-
-
-def source_address(text: str) -> IPAddress:
-    """A client's address; raises ValueError, with a sentence, for what is none."""
-    address = configuration._address(text)
-    if (kind := configuration._unusable(ipaddress.ip_network(address))) is not None:
-        raise ValueError(f"{address} is {kind}; no client comes from there.")
-    return address

@@ -8,7 +8,8 @@ How a SYN, or the first payload of a connection, is decided:
 2. The service's payload parsers are asked in `inspect` order. The first one that recognises its protocol is the last
    one that is asked; `prefix` and `regex`, which recognise none, only add their keys. One that needs more bytes is
    waited for, and holds back those behind it: the answer must not depend on how the bytes were cut into segments.
-3. The best route for these keys, the extension's and the source wins (core.router says which is best). Without one,
+3. A known session id leads to its session's target, or is refused (core.sessions), before any route.
+4. The best route for these keys, the extension's and the source wins (core.router says which is best). Without one,
    `extension_pool` maps the extension by arithmetic. Without that, `default` or `unmatched`.
 
 A SYN that has neither an extension nor enough data (Fast Open) says too little for that. At a *late* service its first
@@ -25,6 +26,7 @@ import msgspec
 
 from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup
+from steerd.core.sessions import Claim, Session, SessionsPlan, judge
 from steerd.model import Answer, Extension, Keys, Outcome, Reason
 from steerd.wire import portext
 from steerd.wire.packet import Packet
@@ -108,6 +110,8 @@ class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
     """Seconds."""
     on_silence: TargetIds | None
     """None: a client that says nothing is of no interest."""
+    sessions: SessionsPlan | None = None
+    """None: the service has no session ids."""
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):
@@ -132,6 +136,8 @@ class Decision(NamedTuple):
     keys: Keys = {}  # noqa: RUF012  (never written to: one empty dict serves all)
     malformed: bool = False
     """The packet carried a port extension of ours that cannot be read."""
+    claim: Claim | None = None
+    """To be made before the packet is steered; if it is not granted, `give_up` says what becomes of the packet."""
 
 
 class _Ranges(NamedTuple):
@@ -152,11 +158,23 @@ class _Service(NamedTuple):
     routes_source_extensions: bool
 
 
-class Engine:
-    """Decides for one plan. `get` looks a route up: router key -> packed TargetIds, or None."""
+def no_session(_service: str, _session_id: str) -> Session | None:
+    """For an engine that is to know no sessions."""
+    return None
 
-    def __init__(self, plan: Plan, get: Callable[[bytes], bytes | None]) -> None:
+
+class Engine:
+    """Decides for one plan. `get` looks a route up: router key -> packed TargetIds, or None; `find` a session, by
+    service and id."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        get: Callable[[bytes], bytes | None],
+        find: Callable[[str, str], Session | None] = no_session,
+    ) -> None:
         self._get = get
+        self._find = find
         self._numbers = plan.numbers
         self._services = [
             _Service(
@@ -239,8 +257,15 @@ class Engine:
         otherwise: Reason,
         malformed: bool,
     ) -> Decision:
-        """The best route; else arithmetic; else what `otherwise` says."""
+        """A known session; else the best route; else arithmetic; else what `otherwise` says."""
         plan = service.plan
+        if plan.sessions is not None:
+            ruling = judge(plan.sessions, plan.name, keys, packet.src, self._find)
+            if ruling is not None and ruling.refused:
+                return Decision(plan.unmatched, Reason.SESSION_REFUSED, NO_TARGET, plan.name, keys, malformed)
+            if ruling is not None:
+                decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed)
+                return decision._replace(claim=ruling.claim)
         if plan.probes:
             entry = lookup(service.number, plan.probes, keys, packet.src, self._get)
             if entry is not None:

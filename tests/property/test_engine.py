@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from steerd import config
 from steerd.config import Config
 from steerd.control.registry import Reader, Registry
-from steerd.core.engine import NO_TARGET, Engine, Plan
+from steerd.core.engine import NO_TARGET, Decision, Engine, Plan
 from steerd.core.pools import Pool
 from steerd.model import Extension, Outcome, Reason
 from steerd.wire import packet, portext
@@ -203,7 +203,7 @@ def test_whatever_the_packet_there_is_a_decision_that_keeps_the_plans_word(seed:
             syn = some_packet(rng)
             decision = engine.decide_syn(syn)
             if decision.reason is Reason.NO_ENDPOINT:
-                assert decision == (Outcome.DROP, Reason.NO_ENDPOINT, NO_TARGET, "", {}, False)
+                assert decision == Decision(Outcome.DROP, Reason.NO_ENDPOINT)
                 continue
             service = services[decision.service]
             assert any(

@@ -569,7 +569,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         service(""),
-        "services.web: Can never steer anything: it has no routes, no default and no extension_pool.",
+        "services.web: Can never steer anything: it has no routes, no default, no extension_pool, no sessions.",
     ),
     (
         service(DEFAULT + "inspect = ['htp']"),

@@ -12,6 +12,7 @@ import pytest
 from steerd import config
 from steerd.control.registry import Reader, Registry
 from steerd.core.engine import Decision, Engine
+from steerd.core.sessions import Claim
 from steerd.model import TCP, UDP, Answer, Extension, Outcome, Reason
 from steerd.wire import portext
 from steerd.wire.packet import ACK, SYN, Packet
@@ -109,6 +110,20 @@ routes = [
     { when = { "http.host" = "a.example" }, target = "10.64.0.1:82" },
 ]
 
+[services.sessions]
+endpoints = ["203.0.113.18:554/tcp", "[2001:db8::18]:554/tcp"]
+inspect = ["rtsp"]
+routes = [{ when = { "rtsp.host" = "a.example" }, target = "10.64.0.1:554" }]
+[services.sessions.sessions]
+key = "rtsp.session"
+on_new_source = "deny"
+entries = [
+    { id = "own", target = ["10.64.0.2:554", "[fd00:64::2]:554"], source = "198.51.100.1" },
+    { id = "own6", target = "[fd00:64::2]:554", source = "2001:db8:1::1" },
+    { id = "another", target = "10.64.0.2:554", source = "198.51.100.2" },
+    { id = "nobody", target = "10.64.0.2:554" },
+]
+
 [services.no-default]
 endpoints = ["203.0.113.15:80/tcp"]
 inspect = ["http"]
@@ -118,6 +133,13 @@ routes = [{ when = { "http.host" = "a.example" }, target = "10.64.0.1:80" }]
 REQUEST = b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"
 OTHER_REQUEST = b"GET / HTTP/1.1\r\nHost: b.example\r\n\r\n"
 UNFINISHED = REQUEST[:-2]
+
+
+def play(session: str) -> bytes:
+    """An RTSP request that a route matches, and perhaps a session."""
+    return f"PLAY rtsp://a.example/1 RTSP/1.0\r\nSession: {session}\r\n\r\n".encode()
+
+
 SSH = b"SSH-2.0-OpenSSH_9.2\r\n"
 MALFORMED_IPV4 = bytes.fromhex("9e0a5354000700000000")  # ours, of a length that is not ours
 
@@ -154,7 +176,7 @@ class Decider:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self.engine = Engine(reader.refresh(), reader.route)
+        self.engine = Engine(reader.refresh(), reader.route, reader.session)
 
     def decide(self, packet: Packet) -> Decision:
         return self.engine.decide_syn(packet)
@@ -276,6 +298,14 @@ STEERED: list[tuple[Packet, str, Reason, str | Outcome]] = [
     (syn("203.0.113.16:443", (0, 5)), "late", Reason.LATE, Outcome.LATE),
     (syn("203.0.113.17:443", (0, 5)), "senders", Reason.ROUTE, "10.64.0.1:1005"),
     (syn("203.0.113.17:443", (0, 6)), "senders", Reason.UNMATCHED, Outcome.ALERT),
+    # a known session before any route: its own source, another one, a family that it has no target for
+    (syn("203.0.113.18:554", payload=play("own")), "sessions", Reason.SESSION, "10.64.0.2:554"),
+    (syn("[2001:db8::18]:554", payload=play("own6")), "sessions", Reason.SESSION, "[fd00:64::2]:554"),
+    (syn("203.0.113.18:554", payload=play("nobody")), "sessions", Reason.SESSION, "10.64.0.2:554"),
+    (syn("[2001:db8::18]:554", payload=play("own")), "sessions", Reason.SESSION_REFUSED, Outcome.RESET),
+    (syn("203.0.113.18:554", payload=play("another")), "sessions", Reason.SESSION_REFUSED, Outcome.RESET),
+    (syn("[2001:db8::18]:554", payload=play("nobody")), "sessions", Reason.NO_FAMILY, Outcome.RESET),
+    (syn("203.0.113.18:554", payload=play("unknown")), "sessions", Reason.ROUTE, "10.64.0.1:554"),
     # the source alone, the longer prefix first
     (syn("203.0.113.14:25"), "by-source", Reason.ROUTE, "10.64.0.2:25"),
     (syn("203.0.113.14:25", source="198.51.100.2"), "by-source", Reason.ROUTE, "10.64.0.1:25"),
@@ -319,6 +349,23 @@ def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() 
     not_the_engines |= {Reason.UNANSWERED}
     assert {reason for _, _, reason, _ in STEERED} == set(Reason) - not_the_engines
     assert {expected if isinstance(expected, Outcome) else Outcome.STEER for *_, expected in STEERED} == set(Outcome)
+
+
+def test_a_session_without_a_source_is_claimed_by_who_comes(plan: Decider) -> None:
+    """At the first payload as at a SYN; whoever has it, or may not have it, claims nothing."""
+    endpoint, source = "203.0.113.18:554", ipaddress.ip_address(CLIENT[4]).packed
+    claims = {}
+    for name in ("nobody", "own", "another", "unknown"):
+        found = plan.first(endpoint, play(name))
+        assert found is not None
+        assert found.claim == plan.decide(syn(endpoint, payload=play(name))).claim
+        claims[name] = found.claim
+    claim = claims.pop("nobody")
+    assert claim is not None
+    assert claim == Claim("sessions", "nobody", claim.serial, source, exclusive=True)
+    assert set(claims.values()) == {None}
+    over_ipv6 = plan.first("[2001:db8::18]:554", play("nobody"))
+    assert over_ipv6 is not None and over_ipv6.claim is None
 
 
 @pytest.mark.parametrize(

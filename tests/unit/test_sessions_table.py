@@ -20,7 +20,7 @@ from steerd.control.registry import Registry
 from steerd.control.sessions import RequestError, SessionView
 from steerd.core.engine import Plan
 from steerd.core.marks import FIRST_TARGET_ID
-from steerd.core.sessions import Claim, OnNewSource, SessionEntry, Sessions
+from steerd.core.sessions import Claim, OnNewSource
 from steerd.errors import RegistryError
 from steerd.model import Target
 from tests.unit.test_registry import another_process, reading
@@ -40,18 +40,25 @@ endpoints = ["203.0.113.11:554/tcp"]
 inspect = ["rtsp"]
 default = "{default}"
 """
+SESSIONS = """
+[services.{name}.sessions]
+key = "rtsp.session"
+on_new_source = "{rule}"
+entries = [{entries}]
+"""
 BOTH = '"10.64.0.0/24", "fd00:64::/120"'
 A, B = "198.51.100.7", "198.51.100.8"
 
 
-def entry(session_id: str, target: str = "10.64.0.1:554", source: str | None = None) -> SessionEntry:
-    address = None if source is None else ipaddress.ip_address(source)
-    return SessionEntry(session_id, (config.parse_target(target),), address)
+def entry(session_id: str, target: str = "10.64.0.1:554", source: str | None = None) -> str:
+    """One of the configuration's sessions."""
+    written = f', source = "{source}"' if source else ""
+    return f'{{ id = "{session_id}", target = "{target}"{written} }}'
 
 
 def publish(
     registry: Registry,
-    *entries: SessionEntry,
+    *entries: str,
     rule: OnNewSource = "deny",
     pools: str = BOTH,
     default: str = "10.64.0.200:554",
@@ -59,9 +66,11 @@ def publish(
     services: tuple[str, ...] = ("tv", "tv2"),
 ) -> Plan:
     """Put a configuration in force whose service `tv` has these sessions, and `tv2` none (but a key)."""
-    made = config.parse(TEXT.format(pools=pools, default=default, mark_bits=mark_bits), "steerd.toml")
-    sessions = {name: Sessions("rtsp.session", rule, entries if name == "tv" else ()) for name in services}
-    return registry.publish(made, sessions)
+    text = TEXT.format(pools=pools, default=default, mark_bits=mark_bits)
+    for name in services:
+        listed = ",\n".join(entries) if name == "tv" else ""
+        text += SESSIONS.format(name=name, rule=rule, entries=listed)
+    return registry.publish(config.parse(text, "steerd.toml"))
 
 
 def all_of(registry: Registry, service: str = "tv") -> dict[str, tuple[list[str], str | None, str, bool]]:
@@ -362,7 +371,7 @@ def test_a_session_whose_target_is_in_no_pool_any_more_is_not_used_and_comes_bac
 def test_a_session_whose_target_becomes_an_endpoint_is_not_used(registry: Registry) -> None:
     registry.sessions.put("tv", "d1", {"address": "203.0.113.12:554", "external": True}, None)
     text = TEXT.format(pools=BOTH, default="10.64.0.200:554", mark_bits="8-31").replace("203.0.113.11", "203.0.113.12")
-    registry.publish(config.parse(text, "steerd.toml"), {"tv": Sessions("rtsp.session", "deny", ())})
+    registry.publish(config.parse(text + SESSIONS.format(name="tv", rule="deny", entries=""), "steerd.toml"))
     assert all_of(registry)["d1"] == (["203.0.113.12:554"], None, "api", False)
 
 
@@ -374,7 +383,7 @@ def test_an_id_that_does_not_fit_into_narrower_mark_bits_is_not_used(tmp_path: P
         'endpoints = ["203.0.113.12:1-65535/tcp"]\ninspect = ["port-extension"]\nunextended = "unmatched"\n'
         'extension_pool = { pool = "p", by = "extension", port = 8080 }\n'
     )
-    registry.publish(config.parse(big, "steerd.toml"), {"tv": Sessions("rtsp.session", "deny", ())})
+    registry.publish(config.parse(big + SESSIONS.format(name="tv", rule="deny", entries=""), "steerd.toml"))
     registry.sessions.put("tv", "high", "10.64.0.1:554", None)
     publish(registry, mark_bits="0-19")
     assert all_of(registry)["high"] == (["10.64.0.1:554"], None, "api", False)

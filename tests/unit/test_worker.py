@@ -142,7 +142,7 @@ class Lab:
         monkeypatch.setattr(late, "Conntrack", StandInConntrack)
         self.bind_errors: list[Exception] = []
         self.settings = WorkerSettings(
-            0, 100, 1000, 100000, str(directory), str(directory / "counters"), access_log, os.getpid()
+            0, 100, 1000, 100000, str(directory), str(directory), str(directory / "counters"), access_log, os.getpid()
         )
 
     def _bind(self, number: int, on_packet: Callable[[Packet], None], **options: object) -> object:
