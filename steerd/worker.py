@@ -141,7 +141,9 @@ class Worker:
             for task in self._late.after:
                 try:
                     task()
-                except OSError as error:  # a firewall in output, no memory: this one is lost, and the client repeats
+                except PermissionError:  # dropped in output: by our table (counter undelivered), or by a firewall
+                    self._slot[Extra.NOT_SENT] += 1
+                except OSError as error:  # no memory, no route: this one is lost, and the client repeats
                     self._slot[Extra.NOT_SENT] += 1
                     self._log_once(f"a packet of the worker's own was not sent: {error}")
                 except Exception as error:

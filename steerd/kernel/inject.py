@@ -28,7 +28,7 @@ class Injector:
 
     def send(self, packet: bytes, mark: int | None = None) -> None:
         """Send one IP packet to the destination that its header names. Raises OSError where a firewall in output drops
-        it (EPERM), there is no route, or no memory."""
+        it (PermissionError), there is no route, or no memory."""
         if packet[0] >> 4 == 4:
             raw, address = self._ipv4, (socket.inet_ntop(socket.AF_INET, packet[16:20]), 0)
         else:

@@ -68,7 +68,8 @@ class Extra(enum.IntEnum):
     NOT_GENUINE = 50
     """First payloads not answered: the client never saw our answer to its SYN."""
     NOT_SENT = 51
-    """Packets of a worker's own that the kernel did not send (a firewall in output?); the log has the first."""
+    """Packets of a worker's own that were not sent: dropped in output by our table (its counter `undelivered`) or by a
+    firewall, or for want of memory or a route (then the log has the first)."""
 
 
 assert len(Reason) <= min(Extra)

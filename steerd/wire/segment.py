@@ -27,20 +27,10 @@ _OUTSIDE_THE_COOKIE = 0xF
 
 
 def bare_ack(first: Packet) -> bytes:
-    """The ACK that ends a handshake, as the client would have sent it without the payload of `first`.
-
-    nft_synproxy checks an IPv6 segment with the routine for IPv4 (seen on kernels 6.1 to 7.3): it takes bytes 12 to 19
-    of the IPv6 header for the addresses, and sums the whole header as well. Bytes 8 to 39 belong to the checksum in any
-    case; what is left over, 0 to 7 and 12 to 19, the flow label here brings to zero. So both routines find it right.
-    """
-    label = 0
-    if first.version == 6:
-        length = 20 + len(first.tcp_options)
-        words = (0x6000, length, _TCP_PROTOCOL << 8 | _TTL, int.from_bytes(first.src[4:12], "big"))
-        label = 0xFFFF - sum(words) % 0xFFFF
+    """The ACK that ends a handshake, as the client would have sent it without the payload of `first`."""
     return _segment(
         first.src, first.dst, first.sport, first.dport, first.seq, first.ack, ACK, first.window, first.tcp_options,
-        label=label,
+        label=_label(first),
     )  # fmt: skip
 
 
@@ -91,8 +81,22 @@ def bare_syn(syn: Packet) -> bytes:
     """The same SYN without IP options, extension headers and payload."""
     return _segment(
         syn.src, syn.dst, syn.sport, syn.dport, syn.seq, 0, syn.flags & ~(ACK | FIN | RST | PSH) | SYN, syn.window,
-        syn.tcp_options,
+        syn.tcp_options, label=_label(syn),
     )  # fmt: skip
+
+
+def _label(packet: Packet) -> int:
+    """The flow label for a segment without payload to synproxy.
+
+    nft_synproxy checks an IPv6 segment with the routine for IPv4 (seen on kernels 6.1 to 7.3): it takes bytes 12 to 19
+    of the IPv6 header for the addresses, and sums the whole header as well. Bytes 8 to 39 belong to the checksum in any
+    case; what is left over, 0 to 7 and 12 to 19, this label brings to zero. So both routines find the checksum right.
+    """
+    if packet.version == 4:
+        return 0
+    length = 20 + len(packet.tcp_options)
+    words = (0x6000, length, _TCP_PROTOCOL << 8 | _TTL, int.from_bytes(packet.src[4:12], "big"))
+    return 0xFFFF - sum(words) % 0xFFFF
 
 
 def _answer_timestamps(packet: Packet) -> tuple[bytes, bool]:

@@ -15,10 +15,13 @@ import pytest
 from steerd import config
 from steerd.daemon import contents_of, settings_of
 from steerd.kernel import ruleset
+from steerd.kernel.handshake import Handshake
 from tests.netns.lab import Host, link
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = ROOT / "nft" / "install.sh"
+MEASURED = Handshake(mss4=1460, mss6=1440, window_scale=7)
+"""The defaults of the template, whatever this machine would say."""
 CONFIG = config.parse(
     """
     [gateway]
@@ -261,7 +264,7 @@ def load(host: Host) -> bool:
     """Load the table as the daemon does; returns whether `queue` is native."""
     with host.entered():
         native = ruleset.has_native_queue()
-        ruleset.load(settings_of(CONFIG), contents_of(CONFIG), native=native, empty_targets=True)
+        ruleset.load(settings_of(CONFIG, MEASURED), contents_of(CONFIG), native=native, empty_targets=True)
     return native
 
 

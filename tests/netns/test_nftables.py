@@ -19,11 +19,14 @@ from steerd.core.marks import MarkLayout
 from steerd.daemon import contents_of, settings_of
 from steerd.errors import KernelError
 from steerd.kernel import ruleset
+from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element, Nftables
 from steerd.kernel.ruleset import target_elements
 from steerd.model import Target
 from tests.netns.lab import Host
 
+MEASURED = Handshake(mss4=1460, mss6=1440, window_scale=7)
+"""The defaults of the template, whatever this machine would say."""
 CONFIG = config.parse(
     """
     [pools.p]
@@ -60,7 +63,10 @@ class Lab:
         self.host = host
         with host.entered():
             ruleset.load(
-                settings_of(CONFIG), contents_of(CONFIG), native=ruleset.has_native_queue(), empty_targets=True
+                settings_of(CONFIG, MEASURED),
+                contents_of(CONFIG),
+                native=ruleset.has_native_queue(),
+                empty_targets=True,
             )
             self.nftables = Nftables()
 
@@ -156,7 +162,9 @@ def test_without_the_table_there_is_a_sentence_and_the_socket_stays_good(lab: La
         with pytest.raises(KernelError, match=expected):
             lab.nftables.insert(elements)
     with lab.host.entered():
-        ruleset.load(settings_of(CONFIG), contents_of(CONFIG), native=ruleset.has_native_queue(), empty_targets=False)
+        ruleset.load(
+            settings_of(CONFIG, MEASURED), contents_of(CONFIG), native=ruleset.has_native_queue(), empty_targets=False
+        )
     assert ruleset.our_rules(lab.nftables)
     lab.nftables.insert(elements)
     assert len(lab.elements("targets4")) == 1

@@ -46,7 +46,7 @@ def line(_first: Packet, data: bytes) -> str | Literal[Answer.NEED_MORE]:
     return head.decode("latin-1") if newline else Answer.NEED_MORE
 
 
-def made(seconds: float = 10.0, for_silence: bool = False, **limits: Any) -> Pending[str]:
+def made(*, seconds: float = 10.0, for_silence: bool = False, **limits: Any) -> Pending[str]:
     patience = Patience(seconds, for_silence)
     return Pending(Limits()._replace(**limits), line, lambda _packet: patience)
 
@@ -334,7 +334,7 @@ def test_a_lost_reset_is_repeated_not_taken_for_a_new_beginning() -> None:
     held = made(seconds=2.0)
     for _ in range(3):
         held.segment(segment(0, b"h"), 1.0)
-    assert [action.reset for action in held.expire(3.0)] == [True]
+    assert held.expire(3.0) == [GiveUp(Why.TIME, segment(0, b"h"), True)]
     late = segment(1, b"ello\n")
     assert held.segment(late, 3.5) == (Drop(Why.GIVEN_UP),)
     assert held.segment(late, 4.5) == (GiveUp(Why.GIVEN_UP, late, True),)
@@ -436,7 +436,8 @@ def test_all_sources_together_push_out_the_oldest() -> None:
 
 @pytest.mark.parametrize(("limit", "why"), [("source_connections", Why.SOURCE), ("connections", Why.TOTAL)])
 def test_nothing_acknowledged_is_pushed_out(limit: str, why: Why) -> None:
-    held = made(**{limit: 2})
+    limits: dict[str, Any] = {limit: 2}
+    held = made(**limits)
     for number in range(2):
         for _ in range(3):
             held.segment(segment(0, b"a", ack=number), 1.0)

@@ -23,6 +23,7 @@ from steerd.control.registry import Registry
 from steerd.core.engine import Decision
 from steerd.core.marks import FIRST_TARGET_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, RegistryError
+from steerd.kernel import handshake
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element
 from steerd.kernel.ruleset import target_elements
@@ -136,7 +137,7 @@ class Lab:
         self._on_packet: Callable[[Packet], None]
         monkeypatch.setattr(worker_module, "Nftables", lambda: self.nftables)
         monkeypatch.setattr(worker_module, "Queue", self._bind)
-        monkeypatch.setattr(worker_module.handshake, "measure", lambda: Handshake(1460, 1440, 7))
+        monkeypatch.setattr(handshake, "measure", lambda: Handshake(1460, 1440, 7))
         self.injected: list[tuple[bytes, int | None]] = []
         monkeypatch.setattr(late, "Injector", lambda _mark: StandInInjector(self.injected))
         monkeypatch.setattr(late, "Conntrack", StandInConntrack)
