@@ -39,6 +39,11 @@ class Spread(NamedTuple):
         return f"{self.median:,.0f} ({self.lowest:,.0f} - {self.highest:,.0f})"
 
 
+def rounds_of(number: int) -> int:
+    """So many rounds, or two with STEERD_BENCH_QUICK in the environment, to see whether everything works."""
+    return 2 if "STEERD_BENCH_QUICK" in os.environ else number
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Median, minimum and maximum of at least one value."""
     return Spread(statistics.median(values), min(values), max(values))

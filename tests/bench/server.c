@@ -1,32 +1,50 @@
 /*
  * Many daemons in one process: a listening socket on each address, which answers every connection with its own name.
  *
- *   server PORT { FIRST-ADDRESS COUNT } ...
+ *   server PORT { WHAT REQUEST FIRST-ADDRESS COUNT } ...
  *
- * The name is the text form of the address and a line end; it is written at once, then the connection is closed.
+ * A daemon reads a request of REQUEST bytes (0: none), answers with the text form of its address and a line end, and then
+ *   answer     closes
+ *   echo       sends back what it gets, until the client has closed
+ *   sink       reads to the client's end, tells how many bytes that were, and closes; nothing else is served meanwhile
+ *   source     sends for SOURCE_SECONDS and closes; nothing else is served meanwhile
  * Prints "listening N" when all of them listen, and serves until it is killed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define NAME 64
 #define BACKLOG 4096
 #define EVENTS 256
+#define CHUNK 262144
+#define SOURCE_SECONDS 1
 
-struct listener {
+enum what { ANSWER, ECHO, SINK, SOURCE };
+
+/* A listening socket (without a daemon of its own), or one of its connections. */
+struct end {
 	int fd;
+	struct end *daemon;
+	enum what what;
+	int missing;
 	int length;
 	char name[NAME];
 };
+
+static int epoll;
+static char chunk[CHUNK];
 
 static void die(const char *what)
 {
@@ -34,47 +52,147 @@ static void die(const char *what)
 	exit(2);
 }
 
-static void listen_on(struct listener *listener, int family, unsigned char *host, int port, int epoll)
+static void listen_on(struct end *daemon, int family, unsigned char *host, int port)
 {
 	static const int one = 1;
 	struct sockaddr_in6 ipv6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
 	struct sockaddr_in ipv4 = { .sin_family = AF_INET, .sin_port = htons(port) };
 	memcpy(family == AF_INET ? (void *)&ipv4.sin_addr : (void *)&ipv6.sin6_addr, host, family == AF_INET ? 4 : 16);
-	inet_ntop(family, host, listener->name, NAME - 1);
-	strcat(listener->name, "\n");
-	listener->length = strlen(listener->name);
-	listener->fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK, 0);
-	if (listener->fd < 0)
+	inet_ntop(family, host, daemon->name, NAME - 1);
+	strcat(daemon->name, "\n");
+	daemon->length = strlen(daemon->name);
+	daemon->fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK, 0);
+	if (daemon->fd < 0)
 		die("socket");
-	setsockopt(listener->fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-	if (bind(listener->fd, family == AF_INET ? (void *)&ipv4 : (void *)&ipv6,
+	setsockopt(daemon->fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+	setsockopt(daemon->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (bind(daemon->fd, family == AF_INET ? (void *)&ipv4 : (void *)&ipv6,
 		 family == AF_INET ? sizeof ipv4 : sizeof ipv6))
-		die(listener->name);
-	struct epoll_event event = { .events = EPOLLIN, .data.ptr = listener };
-	if (listen(listener->fd, BACKLOG) || epoll_ctl(epoll, EPOLL_CTL_ADD, listener->fd, &event))
+		die(daemon->name);
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = daemon };
+	if (listen(daemon->fd, BACKLOG) || epoll_ctl(epoll, EPOLL_CTL_ADD, daemon->fd, &event))
 		die("listen");
+}
+
+/* A client that is gone already notices what is missing; the server need not. */
+static int say(struct end *connection, const char *text, size_t size)
+{
+	if (send(connection->fd, text, size, MSG_NOSIGNAL) == (ssize_t)size)
+		return 1;
+	if (errno != EPIPE && errno != ECONNRESET)
+		perror("send");
+	return 0;
+}
+
+static void block(struct end *connection)
+{
+	fcntl(connection->fd, F_SETFL, fcntl(connection->fd, F_GETFL) & ~O_NONBLOCK);
+}
+
+static void sink(struct end *connection)
+{
+	long total = 0;
+	ssize_t size;
+	block(connection);
+	while ((size = recv(connection->fd, chunk, CHUNK, 0)) > 0)
+		total += size;
+	if (!size)
+		say(connection, chunk, snprintf(chunk, CHUNK, "%ld\n", total));
+}
+
+static void source(struct end *connection)
+{
+	struct timespec at;
+	block(connection);
+	clock_gettime(CLOCK_MONOTONIC, &at);
+	double end = at.tv_sec + at.tv_nsec / 1e9 + SOURCE_SECONDS;
+	while (send(connection->fd, chunk, CHUNK, MSG_NOSIGNAL) > 0) {
+		clock_gettime(CLOCK_MONOTONIC, &at);
+		if (at.tv_sec + at.tv_nsec / 1e9 > end)
+			return;
+	}
+}
+
+/* Whether the connection goes on. */
+static int serve(struct end *connection)
+{
+	while (connection->missing) {
+		ssize_t size = recv(connection->fd, chunk, connection->missing, 0);
+		if (size <= 0)
+			return size < 0 && errno == EAGAIN;
+		connection->missing -= size;
+	}
+	if (connection->length) {
+		if (!say(connection, connection->daemon->name, connection->length))
+			return 0;
+		connection->length = 0;
+		if (connection->what == SINK)
+			sink(connection);
+		if (connection->what == SOURCE)
+			source(connection);
+		return connection->what == ECHO;
+	}
+	ssize_t size = recv(connection->fd, chunk, CHUNK, 0);
+	if (size <= 0)
+		return size < 0 && errno == EAGAIN;
+	return say(connection, chunk, size);
+}
+
+static void accept_on(struct end *daemon)
+{
+	/* One at a time: with many daemons, a second accept would nearly always find nothing. */
+	int fd = accept4(daemon->fd, NULL, NULL, SOCK_NONBLOCK);
+	if (fd < 0)
+		return;
+	struct end first = { .fd = fd, .daemon = daemon, .what = daemon->what,
+			     .missing = daemon->missing, .length = daemon->length };
+	/* The request is often there already. */
+	if (!serve(&first)) {
+		close(fd);
+		return;
+	}
+	struct end *connection = malloc(sizeof *connection);
+	if (!connection)
+		die("malloc");
+	*connection = first;
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = connection };
+	if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
+		die("epoll_ctl");
+}
+
+static enum what what_of(const char *word)
+{
+	static const char *const words[] = { "answer", "echo", "sink", "source" };
+	for (int what = 0; what < 4; what++)
+		if (!strcmp(word, words[what]))
+			return what;
+	fprintf(stderr, "%s is not what a daemon can do\n", word);
+	exit(2);
 }
 
 int main(int argc, char **argv)
 {
-	if (argc < 4 || argc % 2) {
-		fprintf(stderr, "usage: server PORT { FIRST-ADDRESS COUNT } ...\n");
+	if (argc < 6 || argc % 4 != 2) {
+		fprintf(stderr, "usage: server PORT { WHAT REQUEST FIRST-ADDRESS COUNT } ...\n");
 		return 2;
 	}
 	struct rlimit files;
 	getrlimit(RLIMIT_NOFILE, &files);
 	files.rlim_cur = files.rlim_max;
 	setrlimit(RLIMIT_NOFILE, &files);
-	int epoll = epoll_create1(0), total = 0;
-	for (int run = 2; run < argc; run += 2) {
+	epoll = epoll_create1(0);
+	int total = 0;
+	for (char **run = argv + 2; *run; run += 4) {
 		unsigned char host[16];
-		int family = strchr(argv[run], ':') ? AF_INET6 : AF_INET, size = family == AF_INET ? 4 : 16;
-		int count = atoi(argv[run + 1]);
-		struct listener *listeners = calloc(count, sizeof *listeners);
-		if (!listeners || inet_pton(family, argv[run], host) != 1)
-			die(argv[run]);
+		int family = strchr(run[2], ':') ? AF_INET6 : AF_INET, size = family == AF_INET ? 4 : 16;
+		int count = atoi(run[3]);
+		struct end *daemons = calloc(count, sizeof *daemons);
+		if (!daemons || inet_pton(family, run[2], host) != 1)
+			die(run[2]);
 		for (int number = 0; number < count; number++) {
-			listen_on(&listeners[number], family, host, atoi(argv[1]), epoll);
+			daemons[number].what = what_of(run[0]);
+			daemons[number].missing = atoi(run[1]);
+			listen_on(&daemons[number], family, host, atoi(argv[1]));
 			for (int byte = size - 1; byte >= 0 && !++host[byte]; byte--)
 				;
 		}
@@ -86,16 +204,13 @@ int main(int argc, char **argv)
 		struct epoll_event events[EVENTS];
 		int ready = epoll_wait(epoll, events, EVENTS, -1);
 		for (int number = 0; number < ready; number++) {
-			struct listener *listener = events[number].data.ptr;
-			/* One at a time: with many daemons, a second accept would nearly always find nothing. */
-			int fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK);
-			if (fd < 0)
-				continue;
-			/* A client that is gone already notices what is missing; the server need not. */
-			if (send(fd, listener->name, listener->length, MSG_NOSIGNAL) < 0 && errno != EPIPE &&
-			    errno != ECONNRESET)
-				perror("send");
-			close(fd);
+			struct end *end = events[number].data.ptr;
+			if (!end->daemon) {
+				accept_on(end);
+			} else if (!serve(end)) {
+				close(end->fd);
+				free(end);
+			}
 		}
 	}
 }

@@ -1,0 +1,437 @@
+"""The hosts and programs of scenarios that open connections through gateways.
+
+                         client (lo: 198.51.100.1 .. .32, 2001:db8:1::1 .. ::20)
+                           |               |                 |        one link for each gateway n = 0, 1, ...:
+                       gateway 0       gateway 1  ...    gateway n    192.0.2.4n/30, 2001:db8:a:n::/126
+    endpoint on lo:   203.0.113.10    203.0.113.20                    203.0.113.10(n+1), 2001:db8::10(n+1)
+
+Every gateway has the same aliases and the same daemons on them, and one thing, the system under test, that leads from
+its endpoint to them. A daemon answers with its name, which every client checks.
+
+A round that fails in any connection is void: it is counted and repeated. A wrong daemon ends the bench.
+
+Nothing is pinned, and there are PARTS clients, servers, and workers of the system under test, so that everything
+can use both cores of a small machine: the rate is that of the whole machine, everybody included, and what each took is
+told by its CPU time. (Tried: the generator on one core, the rest on the other. Then every packet is handed from core to
+core, and on a virtual machine the interrupts for that triple the time of an exchange and drown what is compared.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from steerd.core.pools import Pool
+from steerd.kernel import aliases
+from tests.bench.scenario import compile_c
+from tests.netns.lab import Host, link
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = 32
+FIRST_ALIAS = {4: "10.64.0.0", 6: "fd00:64::"}
+FIRST_SOURCE = {4: "198.51.100.1", 6: "2001:db8:1::1"}
+ENDPOINT_PORT = 443
+FIRST_TRANSLATED_PORT = 20000
+ALIAS_PORT = 8080
+# A round takes a second; one that takes so long has failed.
+ROUND_SECONDS = 30
+MAX_VOID = 3
+PARTS = 2
+# The last FINs have passed, and what they leave behind can be thrown away.
+SETTLE_SECONDS = 0.2
+START_SECONDS = 30
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+STEERD = """\
+[gateway]
+state_dir = "{directory}/state"
+run_dir = "{directory}/run"
+workers = {workers}
+
+[gateway.limits]            # all of these connections come from a few addresses
+source_rate = 1000000
+source_burst = 1000000
+stranger_rate = 1000000
+stranger_burst = 1000000
+total_rate = 1000000
+total_burst = 1000000
+
+[pools.tenants]
+prefixes = ["10.64.0.0/21", "fd00:64::/117"]
+size = {size}
+
+[services.everything]
+endpoints = ["{endpoint4}:{port}/tcp", "[{endpoint6}]:{port}/tcp"]
+"""
+
+
+class VoidRoundError(Exception):
+    """A round in which something failed."""
+
+
+class Run(NamedTuple):
+    """Daemons of one kind (see server.c) on neighbouring aliases."""
+
+    what: str
+    request: int
+    """Bytes that they read before they answer."""
+    first: int
+    size: int
+
+
+@dataclasses.dataclass
+class Gateway:
+    """A host with an endpoint and daemons behind it."""
+
+    name: str
+    host: Host
+    endpoint: dict[int, str]
+    directory: Path
+    servers: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
+    system: subprocess.Popen[str] | None = None
+    """The system under test: this process and its children; None: nothing but the kernel."""
+
+    def system_pids(self) -> list[str]:
+        if self.system is None:
+            return []
+        pid = self.system.pid
+        return [str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+class Way(NamedTuple):
+    """How a client asks for a daemon: the settings of tests/bench/common.h."""
+
+    gateway: Gateway
+    version: int
+    port: int
+    ports: int
+    option: bytes = b""
+    option_at: int = 0
+    request: bytes = b""
+    request_at: int = 0
+
+
+class Named(Protocol):
+    """Whatever takes turns."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Round(NamedTuple):
+    """Connections opened in one round. CPU times in microseconds for each connection."""
+
+    rate: float
+    p50_us: float
+    p99_us: float
+    retried: int
+    cpu_us: dict[str, float]
+    generator_cores: float
+    """How many cores the clients took, with what the kernel did in their name, such as handing on their packets."""
+
+
+class Exchange(NamedTuple):
+    """Requests and responses on established connections."""
+
+    rate: float
+    p50_us: float
+    p99_us: float
+
+
+_K = TypeVar("_K", bound=Named)
+_R = TypeVar("_R")
+
+
+class Lab:
+    """The hosts and programs of one run; closed by the stack it is given."""
+
+    def __init__(self, stack: ExitStack, runs: Sequence[Run]) -> None:
+        """`runs`: the daemons on every gateway, from alias 0 on without a gap."""
+        self._stack = stack
+        self.runs = runs
+        self.size = sum(run.size for run in runs)
+        self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steerd-bench-")))
+        self._programs = {
+            name: compile_c(Path(__file__).with_name(f"{name}.c"), self.directory)
+            for name in ("load", "stream", "server")
+        }
+        self.gateways: list[Gateway] = []
+        self.void: dict[str, int] = {}
+        self._tuple = 0
+        self.client = self._host("client")
+        self.client.sh(
+            "".join(
+                f"ip addr add {ipaddress.ip_address(first) + number} dev lo;"
+                for first in FIRST_SOURCE.values()
+                for number in range(SOURCES)
+            )
+        )
+
+    # ---- hosts ----
+    def _host(self, role: str) -> Host:
+        host = Host(role)
+        self._stack.callback(host.close)
+        return host
+
+    def spawn(self, host: Host, *argv: str, **options: Any) -> subprocess.Popen[str]:
+        """A program on a host."""
+        process = subprocess.Popen(
+            host.command(*argv), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options
+        )
+        self._stack.callback(_end, process)
+        return process
+
+    def gateway(self, name: str) -> Gateway:
+        """One more gateway, with its endpoint, its aliases and its daemons, and nothing that leads to them."""
+        number = len(self.gateways)
+        host = self._host(name)
+        endpoint = {4: f"203.0.113.{10 * (number + 1)}", 6: f"2001:db8::{10 * (number + 1)}"}
+        gateway = Gateway(name, host, endpoint, self.directory / name)
+        gateway.directory.mkdir()
+        self.gateways.append(gateway)
+        device = f"eth{number}"
+        link(self.client, device, host, "eth0")
+        client4, gateway4 = f"192.0.2.{4 * number + 1}", f"192.0.2.{4 * number + 2}"
+        client6, gateway6 = f"2001:db8:a:{number}::1", f"2001:db8:a:{number}::2"
+        self.client.sh(
+            f"ip addr add {client4}/30 dev {device}; ip addr add {client6}/126 dev {device} nodad;"
+            f"ip route add {endpoint[4]} via {gateway4}; ip route add {endpoint[6]} via {gateway6}"
+        )
+        host.sh(
+            f"ip addr add {gateway4}/30 dev eth0; ip addr add {gateway6}/126 dev eth0 nodad;"
+            f"ip addr add {endpoint[4]}/32 dev lo; ip addr add {endpoint[6]}/128 dev lo nodad;"
+            f"ip route add 198.51.100.0/24 via {client4}; ip route add 2001:db8:1::/64 via {client6};"
+            # What manuals of proxies ask for; the same everywhere.
+            "sysctl -qw net.core.somaxconn=4096 net.ipv4.ip_local_port_range='1024 65535' net.ipv4.tcp_tw_reuse=1"
+        )
+        with host.entered():
+            aliases.reconcile([_pool(self.size)])
+        gateway.servers = [self._serve(gateway, part) for part in range(PARTS)]
+        return gateway
+
+    def _serve(self, gateway: Gateway, part: int) -> subprocess.Popen[str]:
+        """One of the server processes of a gateway: its share of every run."""
+        arguments: list[str] = []
+        listening = 0
+        for run in self.runs:
+            begin, end = (run.first + run.size * n // PARTS for n in (part, part + 1))
+            for first in FIRST_ALIAS.values():
+                arguments += [run.what, str(run.request), str(ipaddress.ip_address(first) + begin), str(end - begin)]
+                listening += end - begin
+        process = self.spawn(gateway.host, str(self._programs["server"]), str(ALIAS_PORT), *arguments)
+        if _line(process) != f"listening {listening}":
+            raise SystemExit("bench: a server did not start")
+        return process
+
+    # ---- systems under test ----
+    def steerd(self, gateway: Gateway, service: str) -> None:
+        """steerd on a gateway; `service`: the rest of its service's configuration, in TOML."""
+        config, log = gateway.directory / "steerd.toml", gateway.directory / "log"
+        config.write_text(
+            STEERD.format(
+                directory=gateway.directory,
+                workers=PARTS,
+                size=self.size,
+                endpoint4=gateway.endpoint[4],
+                endpoint6=gateway.endpoint[6],
+                port=ENDPOINT_PORT,
+            )
+            + service
+        )
+        with log.open("w") as stderr:
+            gateway.system = self.spawn(
+                gateway.host, sys.executable, "-m", "steerd.cli.main", "run", str(config), stderr=stderr
+            )
+        self.wait(gateway, log, lambda: '"event": "ready"' in log.read_text())
+
+    def translate(self, gateway: Gateway) -> None:
+        """Plain DNAT: a port of the endpoint for each alias."""
+        # As steerd has it for what it steers; finished connections must not fill the table.
+        gateway.host.sh("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_time_wait=10")
+        rules = ""
+        for version, family in ((4, "ip"), (6, "ip6")):
+            base = ipaddress.ip_address(FIRST_ALIAS[version])
+            pairs = ", ".join(f"{FIRST_TRANSLATED_PORT + n} : {base + n} . {ALIAS_PORT}" for n in range(self.size))
+            rules += f"{family} daddr {gateway.endpoint[version]} dnat {family} to tcp dport map {{ {pairs} }}\n"
+        path = gateway.directory / "dnat.nft"
+        path.write_text(
+            f"table inet plain {{ chain translate {{\ntype nat hook prerouting priority dstnat;\n{rules}}}\n}}\n"
+        )
+        gateway.host.sh(f"nft -f {path}")
+
+    def wait(self, gateway: Gateway, log: Path, condition: Callable[[], bool]) -> None:
+        """Until the system under test is ready; ends the bench with its log if it does not get there."""
+        assert gateway.system is not None
+        deadline = time.monotonic() + START_SECONDS
+        while not condition():
+            if gateway.system.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"bench: {gateway.name} did not start:\n{log.read_text()}")
+            time.sleep(0.02)
+
+    # ---- measuring ----
+    def in_turn(self, number: int, kinds: Iterable[_K], measure: Callable[[_K], _R]) -> dict[str, list[_R]]:
+        """`number` rounds of each kind, A B C A B C ...; void ones are repeated and counted."""
+        measured: dict[str, list[_R]] = {kind.name: [] for kind in kinds}
+        for _ in range(number):
+            for kind in kinds:
+                measured[kind.name].append(self._valid(kind, measure))
+        return measured
+
+    def _valid(self, kind: _K, measure: Callable[[_K], _R]) -> _R:
+        while True:
+            try:
+                return measure(kind)
+            except VoidRoundError as reason:
+                self.void[kind.name] = self.void.get(kind.name, 0) + 1
+                print(f"bench: a round of {kind.name} is void: {reason}", file=sys.stderr)
+                if self.void[kind.name] > MAX_VOID:
+                    raise SystemExit(f"bench: too many rounds of {kind.name} are void") from reason
+            finally:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Forget the connections of the round that has ended, so that no table fills up in the course of a bench."""
+        time.sleep(SETTLE_SECONDS)
+        self._asked.host.sh("conntrack -F 2>/dev/null", check=False)
+
+    def connections(self, way: Way, run: Run, count: int, parallel: int) -> Round:
+        """Open `count` connections in all to the daemons of a run, `parallel` at a time."""
+        clients = min(PARTS, parallel)
+        processes = [
+            self._client("load", way, count // clients, first=run.first, daemons=run.size, count=count // clients,
+                         parallel=parallel // clients, seconds=ROUND_SECONDS)
+            for _ in range(clients)
+        ]  # fmt: skip
+        before = self._cpu(way.gateway)
+        results = _go(processes)
+        after = self._cpu(way.gateway)
+        good, wrong, failed = (sum(int(result[column]) for result in results) for column in range(3))
+        if wrong:
+            raise SystemExit(f"bench: {way.gateway.name}: {wrong} connections were answered by the wrong daemon")
+        if failed or good != count // clients * clients:
+            raise VoidRoundError(f"{failed} of {count} connections failed")
+        start, end = min(float(result[3]) for result in results), max(float(result[4]) for result in results)
+        cpu = {name: after[name] - before[name] for name in after}
+        cpu["client_user"] = sum(float(result[5]) for result in results)
+        cpu["client_kernel"] = sum(float(result[6]) for result in results)
+        cpu["all"] = sum(seconds for name, seconds in cpu.items() if not name.startswith("machine"))
+        return Round(
+            rate=good / (end - start),
+            p50_us=statistics.median(float(result[7]) for result in results),
+            p99_us=max(float(result[8]) for result in results),
+            retried=sum(int(result[9]) for result in results),
+            cpu_us={name: seconds * 1e6 / good for name, seconds in cpu.items()},
+            generator_cores=(cpu["client_user"] + cpu["client_kernel"]) / (end - start),
+        )
+
+    def exchanges(self, way: Way, run: Run, count: int, parallel: int) -> Exchange:
+        """`count` requests and responses on each of so many established connections."""
+        (result,) = self._stream(way, "exchange", run, count, parallel)
+        total, start, end = int(result[0]), float(result[1]), float(result[2])
+        return Exchange(total / (end - start), float(result[5]), float(result[6]))
+
+    def bulk(self, way: Way, run: Run) -> float:
+        """Bits a second of one connection: up to a sink, down from a source."""
+        (result,) = self._stream(way, {"sink": "up", "source": "down"}[run.what], run, 1, 1)
+        return int(result[0]) * 8 / (float(result[2]) - float(result[1]))
+
+    def _stream(self, way: Way, what: str, run: Run, count: int, parallel: int) -> list[list[str]]:
+        settings: dict[str, int | str] = {
+            "what": what,
+            "daemon": run.first,
+            "count": count,
+            "parallel": parallel,
+            "seconds": 1,
+        }
+        return _go([self._client("stream", way, parallel, **settings)])
+
+    def _client(self, program: str, way: Way, tuples: int, **settings: int | str) -> subprocess.Popen[str]:
+        """A client, ready to go; it will use that many source addresses and ports."""
+        settings |= {
+            "version": way.version,
+            "endpoint": way.gateway.endpoint[way.version],
+            "port": way.port,
+            "ports": way.ports,
+            "alias": FIRST_ALIAS[way.version],
+            "option": way.option.hex(),
+            "option_at": way.option_at,
+            "request": way.request.hex(),
+            "request_at": way.request_at,
+            "source": FIRST_SOURCE[way.version],
+            "sources": SOURCES,
+            "tuple": self._tuple,
+        }
+        self._tuple += tuples
+        self._asked = way.gateway
+        process = self.spawn(
+            self.client,
+            str(self._programs[program]),
+            *(f"{name}={value}" for name, value in settings.items()),
+        )
+        if _line(process) != "ready":
+            raise SystemExit("bench: a client did not start")
+        return process
+
+    def _cpu(self, gateway: Gateway) -> dict[str, float]:
+        """Seconds of CPU time used so far: by parts of the gateway, and by the whole machine."""
+        user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+        used = {
+            "server": sum(sum(_times(str(process.pid))) for process in gateway.servers),
+            "machine_user": (user + nice) / _TICKS,
+            "machine_kernel": (system + irq + softirq) / _TICKS,
+        }
+        times = [_times(pid) for pid in gateway.system_pids()]
+        if times:
+            used["system_user"] = sum(user for user, _ in times)
+            used["system_kernel"] = sum(kernel for _, kernel in times)
+        return used
+
+
+def _pool(size: int) -> Pool:
+    return Pool("tenants", (ipaddress.ip_network("10.64.0.0/21"), ipaddress.ip_network("fd00:64::/117")), size=size)
+
+
+def _go(processes: list[subprocess.Popen[str]]) -> list[list[str]]:
+    """Have clients that are ready run together; the words of the line that each ends with."""
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    results = [_line(process).split() for process in processes]
+    statuses = [process.wait() for process in processes]
+    for process in processes:
+        _end(process)
+    if 3 in statuses:
+        raise SystemExit("bench: a connection was answered by the wrong daemon")
+    if any(statuses):
+        raise VoidRoundError("a client gave up")
+    return results
+
+
+def _times(pid: str) -> tuple[float, float]:
+    """(user, kernel) CPU seconds of a process, from /proc/PID/stat; precise to a tick, hence to be summed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / _TICKS, int(fields[12]) / _TICKS
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

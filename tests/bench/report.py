@@ -1,0 +1,97 @@
+"""What scenarios make of their rounds of connections: figures for the JSON line, ratios, tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.lab import Round
+from tests.bench.scenario import Result, Spread, spread
+
+Rounds = Mapping[str, Sequence[Round]]
+"""By the name of what was measured, in the order of measuring."""
+_AT_A_TIME = ("1 at a time", "32 at a time")
+
+
+def figures(rounds: Sequence[Round], latency: Mapping[int, Sequence[Round]]) -> dict[str, Any]:
+    """Of one kind: from rounds for the rate, and rounds for latency at so many connections at a time."""
+    cpu = {name: statistics.mean(r.cpu_us[name] for r in rounds) for name in rounds[0].cpu_us}
+    return {
+        "connections_per_s": rounded(spread([r.rate for r in rounds]), 0),
+        "retried": sum(r.retried for r in rounds),
+        "cpu_us_per_connection": {name: round(microseconds, 1) for name, microseconds in cpu.items()},
+        "generator_cores": round(statistics.mean(r.generator_cores for r in rounds), 2),
+        "first_byte_us": {
+            f"{parallel}_at_a_time": {
+                "p50": round(statistics.median(r.p50_us for r in measured)),
+                "p99": round(statistics.median(r.p99_us for r in measured)),
+            }
+            for parallel, measured in latency.items()
+        },
+    }
+
+
+def rounded(value: Spread, digits: int) -> dict[str, float]:
+    """A spread for the JSON line."""
+    return {name: round(number, digits) for name, number in value._asdict().items()}
+
+
+def paired(ours: Iterable[float], theirs: Iterable[float]) -> Spread:
+    """Ratios round by round, since what disturbs the machine for a while disturbs neighbours alike."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def rate_ratio(measured: Rounds, ours: str, theirs: str) -> Spread:
+    """Connections a second."""
+    return paired((r.rate for r in measured[ours]), (r.rate for r in measured[theirs]))
+
+
+def cpu_ratio(measured: Rounds, ours: str, theirs: str) -> Spread:
+    """Connections for each second of CPU time of client, server and system, which holds on a busy machine too."""
+    return paired((r.cpu_us["all"] for r in measured[theirs]), (r.cpu_us["all"] for r in measured[ours]))
+
+
+def result(scenario: str, ratios: Mapping[str, Spread], found: Mapping[str, Any]) -> Result:
+    """Medians of the ratios first; their spread among the figures."""
+    return Result(
+        scenario,
+        {name: round(ratio.median, 3) for name, ratio in ratios.items()},
+        {**found, "ratio_spread": {name: rounded(ratio, 3) for name, ratio in ratios.items()}},
+    )
+
+
+def show_ratios(console: Console, ratios: Mapping[str, Spread]) -> None:
+    """One a line."""
+    for name, ratio in ratios.items():
+        console.print(f"{name} = {ratio.median:.3f} ({ratio.lowest:.3f} - {ratio.highest:.3f})", highlight=False)
+
+
+def show(console: Console, measured: Rounds, found: Mapping[str, Any]) -> None:
+    """The tables of rates, latency and CPU time; `found`: the figures of each kind."""
+    rates = table("connect to first byte in us (p50 / p99)", "", "connections/s, median", *_AT_A_TIME)
+    for name, rounds in measured.items():
+        latency = [f"{us['p50']} / {us['p99']}" for us in found[name]["first_byte_us"].values()]
+        rates.add_row(name, str(spread([r.rate for r in rounds])), *latency)
+    console.print(rates)
+    columns = ("client_user", "client_kernel", "server", "system_user", "system_kernel", "all")
+    parts = table(
+        "CPU time, us a connection (kernel work is charged to whoever it interrupts)",
+        "", *(column.replace("_", " ") for column in columns), "load, cores",
+    )  # fmt: skip
+    for name in measured:
+        cpu = found[name]["cpu_us_per_connection"]
+        cells = [f"{cpu[column]:.1f}" if column in cpu else "" for column in columns]
+        parts.add_row(name, *cells, str(found[name]["generator_cores"]))
+    console.print(parts)
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty one; the first column is for names."""
+    made = Table(title=title)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=not number)
+    return made
