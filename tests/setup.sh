@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 packages=(
 	nftables iptables iproute2 procps           # the packet path, and namespaces to try it in
 	conntrack tcpdump shellcheck curl           # tests
+	nginx openssl openssh-client openssh-server postgresql nghttp2-client # tests with real programs
 	python3-dev python3-venv gcc libc6-dev pkg-config libnetfilter-queue-dev libnfnetlink-dev # python-netfilterqueue
 )
 
