@@ -45,6 +45,9 @@ from steerd.wire.registry import REGISTRY
 PORT_EXTENSION = "port-extension"
 """The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
 
+PROXY = "proxy"
+"""The parser whose header is believed of `trusted_proxies` only."""
+
 MAX_REAL_ADDRESSES = {4: 1 << 20, 6: 1 << 14}
 """The most aliases of all pools in mode `addresses`, by address family. The kernel keeps an address and a route for
 each, and reconciling reads them all. For each IPv6 address that is added it walks over all that are there
@@ -165,6 +168,8 @@ class Service(Struct, frozen=True):
     """At most one of each address family; empty: who says nothing is of no interest."""
     extension_pool: ExtensionPool | None
     sessions: Sessions | None
+    trusted_proxies: tuple[IPNetwork, ...]
+    """Sources whose PROXY header is believed; empty unless `inspect` names "proxy"."""
     routes: tuple[Route, ...]
     """Without duplicates and ties."""
 
@@ -322,6 +327,7 @@ class _RawService(Struct):
     on_silence: Any = None
     extension_pool: _RawExtensionPool | None = None
     sessions: _RawSessions | None = None
+    trusted_proxies: list[str] = []
     routes: list[_RawRoute] = []
 
 
@@ -658,7 +664,7 @@ def _host_name(text: str) -> str:
 
 _SPELLINGS: dict[str, Callable[[str], str]] = {
     **dict.fromkeys(
-        ("http.host", "rtsp.host", "sip.host", "minecraft.host", "tls.sni", "dns.qname"),
+        ("http.host", "proxy.authority", "rtsp.host", "sip.host", "minecraft.host", "tls.sni", "dns.qname"),
         _host_name,
     ),
     "dns.qtype": type_name,
@@ -919,8 +925,25 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         on_silence=on_silence,
         extension_pool=extension_pool,
         sessions=sessions,
+        trusted_proxies=_trusted_proxies(raw, inspect, path, reader),
         routes=routes,
     )
+
+
+def _trusted_proxies(raw: _RawService, inspect: tuple[str, ...], path: str, reader: _Reader) -> tuple[IPNetwork, ...]:
+    key = f"{path}.trusted_proxies"
+    if reader.is_bad(f"{path}.inspect") or reader.is_bad(key):
+        return ()
+    if PROXY not in inspect:
+        if raw.trusted_proxies:
+            reader.problem(key, f'Means nothing unless inspect names "{PROXY}".')
+        return ()
+    if not raw.trusted_proxies:
+        reader.problem(key, f'Is missing; since inspect names "{PROXY}", it must name the proxies: "192.0.2.0/24".')
+    if next(parser for parser in inspect if parser != PORT_EXTENSION) != PROXY:
+        reader.problem(f"{path}.inspect", f'Names "{PROXY}" behind another parser; its header comes first.')
+    found = [reader.attempt(f"{key}[{index}]", _network, text) for index, text in enumerate(raw.trusted_proxies)]
+    return tuple(network for network in found if network is not None)
 
 
 def _inspect(words: list[str], path: str, reader: _Reader) -> tuple[str, ...]:

@@ -154,6 +154,8 @@ class Reason(enum.IntEnum):
     """A session id that is known: its target."""
     SESSION_REFUSED = 20
     """A session id that is known, from a source that may not use it, or with a target that is not for use now."""
+    UNTRUSTED_PROXY = 21
+    """A PROXY header from a source that is not among `trusted_proxies`."""
 
 
 class Outcome(enum.Enum):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import lmdb
 import msgspec
 
-from steerd.config import PORT_EXTENSION, Config, Service, Unextended
+from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import sessions as session_table
 from steerd.control.sessions import SessionTable
 from steerd.control.store import IdGiver, Store, open_to_read, target_of
@@ -113,6 +113,9 @@ class Registry:
             unextended=_UNEXTENDED[service.unextended],
             first_payload_timeout=service.first_payload_timeout,
             on_silence=ids.for_targets(service.on_silence) if service.on_silence else None,
+            trusted_proxies=[(p.network_address.packed, p.prefixlen) for p in service.trusted_proxies]
+            if PROXY in service.inspect
+            else None,
             sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source) if service.sessions else None,
         )
 

@@ -5,7 +5,9 @@ process writes it into the registry, every worker reads it from there, and both 
 
 How a SYN, or the first payload of a connection, is decided:
 1. The endpoint it was sent to names the service.
-2. The service's payload parsers are asked in `inspect` order. The first one that recognises its protocol is the last
+2. A PROXY header from a trusted proxy names the client, whose address counts from here on, and what is behind it is
+   inspected. From anybody else it is refused: the daemon would believe it.
+   The service's payload parsers are asked in `inspect` order. The first one that recognises its protocol is the last
    one that is asked; `prefix` and `regex`, which recognise none, only add their keys. One that needs more bytes is
    waited for, and holds back those behind it: the answer must not depend on how the bytes were cut into segments.
 3. A known session id leads to its session's target, or is refused (core.sessions), before any route.
@@ -28,7 +30,7 @@ from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup
 from steerd.core.sessions import Claim, Session, SessionsPlan, judge
 from steerd.model import Answer, Extension, Keys, Outcome, Reason
-from steerd.wire import portext
+from steerd.wire import portext, proxy
 from steerd.wire.packet import Packet
 from steerd.wire.registry import REGISTRY, Inspect
 
@@ -111,6 +113,8 @@ class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
     on_silence: TargetIds | None
     """None: a client that says nothing is of no interest."""
     sessions: SessionsPlan | None = None
+    trusted_proxies: list[tuple[bytes, int]] | None = None
+    """Packed network address and prefix length of each; None: the PROXY protocol is not inspected."""
     """None: the service has no session ids."""
 
 
@@ -156,11 +160,25 @@ class _Service(NamedTuple):
     inspectors: list[tuple[Inspect, bool]]
     """Each with whether it is exclusive."""
     routes_source_extensions: bool
+    trusted: list[tuple[int, int, int]] | None
+    """Of `plan.trusted_proxies`: bytes of an address, how many low bits do not count, and the others."""
 
 
 def no_session(_service: str, _session_id: str) -> Session | None:
     """For an engine that is to know no sessions."""
     return None
+
+
+class _Reading(NamedTuple):
+    """What a first payload says."""
+
+    keys: Keys
+    enough: bool
+    """More bytes would change nothing."""
+    source: bytes
+    """The client's packed address, from whichever header names it."""
+    refused: bool = False
+    """It begins with a PROXY header, and its sender is no proxy of ours."""
 
 
 class Engine:
@@ -180,8 +198,9 @@ class Engine:
             _Service(
                 index,
                 service,
-                [_inspector(parser) for parser in service.payload_parsers],
+                [_inspector(parser) for parser in service.payload_parsers if parser.name != proxy.PARSER.name],
                 any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
+                _trusted(service.trusted_proxies),
             )
             for index, service in enumerate(plan.services)
         ]
@@ -203,14 +222,14 @@ class Engine:
         malformed = found is portext.MALFORMED
         extension = found if isinstance(found, Extension) else NOT_EXTENDED
         extended = extension.dst or (extension.src and service.routes_source_extensions)
-        keys, enough = _inspect(service.inspectors, packet.payload) if packet.payload else ({}, False)
-        if plan.unextended is Reason.LATE and not (extended or enough):
-            return Decision(Outcome.LATE, Reason.LATE, NO_TARGET, plan.name, keys, malformed)
+        reading = _read(service, packet, packet.payload) if packet.payload else _Reading({}, False, packet.src)
+        if plan.unextended is Reason.LATE and not (extended or reading.enough):
+            return Decision(Outcome.LATE, Reason.LATE, NO_TARGET, plan.name, reading.keys, malformed)
         otherwise = plan.unextended
-        if extension.dst or keys or plan.unextended is Reason.LATE:
+        if extension.dst or reading.keys or plan.unextended is Reason.LATE:
             otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
-        keys |= portext.keys(extension, packet.dport)
-        return self._choose(service, packet, keys, extension, otherwise, malformed)
+        reading.keys.update(portext.keys(extension, packet.dport))
+        return self._choose(service, packet, reading, extension, otherwise, malformed)
 
     def decide_first(self, packet: Packet, data: bytes) -> Decision | Literal[Answer.NEED_MORE]:
         """Decide by the first payload of a connection: `data`, from its first byte on. `packet` is any of its segments.
@@ -220,11 +239,11 @@ class Engine:
         service = self._service_at(packet)
         if service is None or service.plan.unextended is not Reason.LATE:
             return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
-        keys, enough = _inspect(service.inspectors, data)
-        if not enough:
+        reading = _read(service, packet, data)
+        if not reading.enough:
             return Answer.NEED_MORE
         otherwise = Reason.DEFAULT if service.plan.default != TargetIds() else Reason.UNMATCHED
-        return self._choose(service, packet, keys, NOT_EXTENDED, otherwise, False)
+        return self._choose(service, packet, reading, NOT_EXTENDED, otherwise, False)
 
     def decide_silence(self, packet: Packet) -> Decision:
         """Decide for a client that completed its handshake and said nothing in time."""
@@ -252,13 +271,16 @@ class Engine:
         self,
         service: _Service,
         packet: Packet,
-        keys: Keys,
+        reading: _Reading,
         extension: Extension,
         otherwise: Reason,
         malformed: bool,
     ) -> Decision:
         """A known session; else the best route; else arithmetic; else what `otherwise` says."""
         plan = service.plan
+        keys = reading.keys
+        if reading.refused:
+            return Decision(plan.unmatched, Reason.UNTRUSTED_PROXY, NO_TARGET, plan.name, keys, malformed)
         if plan.sessions is not None:
             ruling = judge(plan.sessions, plan.name, keys, packet.src, self._find)
             if ruling is not None and ruling.refused:
@@ -267,7 +289,7 @@ class Engine:
                 decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed)
                 return decision._replace(claim=ruling.claim)
         if plan.probes:
-            entry = lookup(service.number, plan.probes, keys, packet.src, self._get)
+            entry = lookup(service.number, plan.probes, keys, reading.source, self._get)
             if entry is not None:
                 target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:], "big")
                 return self._steer(plan, Reason.ROUTE, target_id, keys, malformed)
@@ -303,15 +325,39 @@ def _inspector(parser: PayloadParser) -> tuple[Inspect, bool]:
     return registered.make(tuple(parser.patterns)), registered.exclusive
 
 
-def _inspect(inspectors: list[tuple[Inspect, bool]], payload: bytes) -> tuple[Keys, bool]:
-    """The keys of a first payload, and whether they are final: more bytes would change nothing."""
+def _trusted(proxies: list[tuple[bytes, int]] | None) -> list[tuple[int, int, int]] | None:
+    if proxies is None:
+        return None
+    shifted = [(len(packed), len(packed) * 8 - length, packed) for packed, length in proxies]
+    return [(size, shift, int.from_bytes(packed, "big") >> shift) for size, shift, packed in shifted]
+
+
+def _is_trusted(proxies: list[tuple[int, int, int]], source: bytes) -> bool:
+    number = int.from_bytes(source, "big")
+    return any(size == len(source) and number >> shift == prefix for size, shift, prefix in proxies)
+
+
+def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:
     keys: Keys = {}
-    for inspect, exclusive in inspectors:
+    source = packet.src
+    if service.trusted is not None:
+        header = proxy.read(payload)
+        if header is Answer.NEED_MORE:
+            return _Reading(keys, False, source)
+        if isinstance(header, proxy.Header):
+            keys = dict(header.keys)
+            if not _is_trusted(service.trusted, packet.src):
+                return _Reading(keys, True, source, refused=True)
+            source = header.source or source
+            payload = payload[header.length :]
+            if not payload and service.inspectors:
+                return _Reading(keys, False, source)
+    for inspect, exclusive in service.inspectors:
         answer = inspect(payload)
         if answer is Answer.NEED_MORE:
-            return keys, False
+            return _Reading(keys, False, source)
         if answer is not Answer.NOT_MINE:
             keys |= answer
             if exclusive:
                 break
-    return keys, True
+    return _Reading(keys, True, source)

@@ -215,6 +215,45 @@ def test_a_service_that_inspects_payloads_is_late_unless_it_says_otherwise() -> 
         assert config.parse(text, "f.toml").services[0].is_late is late
 
 
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (
+            'inspect = ["proxy", "tls"]',
+            'trusted_proxies: Is missing; since inspect names "proxy", it must name the proxies: "192.0.2.0/24".',
+        ),
+        (
+            'inspect = ["tls"]\ntrusted_proxies = ["192.0.2.0/24"]',
+            'trusted_proxies: Means nothing unless inspect names "proxy".',
+        ),
+        (
+            'inspect = ["tls", "proxy"]\ntrusted_proxies = ["192.0.2.0/24"]',
+            'inspect: Names "proxy" behind another parser; its header comes first.',
+        ),
+        (
+            'inspect = ["proxy", "tls"]\ntrusted_proxies = ["192.0.2.1/24"]',
+            'trusted_proxies[0]: "192.0.2.1/24" has bits set behind the prefix length; "192.0.2.0/24" would be right.',
+        ),
+        (
+            'inspect = ["port-extension", "tls"]\nunextended = "pass"\non_silence = "10.64.0.2:25"',
+            "on_silence: Means nothing unless first payloads are inspected: name a parser.",
+        ),
+        (
+            'inspect = ["port-extension", "tls"]\nunextended = "pass"\nunmatched = "tls-alert"',
+            'unmatched: Is "tls-alert", but no first payload is inspected; name "tls" in inspect.',
+        ),
+        (
+            'inspect = ["tls"]\nfirst_payload_timeout = 0',
+            "first_payload_timeout: Must be a number from 0.01 to 600, not 0.",
+        ),
+    ],
+)
+def test_mistakes_about_first_payloads_are_one_line(more: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(LATE_SERVICE.replace("routes =", f"{more}\nroutes ="), "f.toml")
+    assert str(caught.value).splitlines() == [f"f.toml: services.web.{problem}"]
+
+
 def test_what_a_late_service_says_about_those_who_wait() -> None:
     more = 'inspect = ["tls"]\nunmatched = "tls-alert"\nfirst_payload_timeout = 0.5\non_silence = "10.64.0.2:25"'
     (service,) = config.parse(LATE_SERVICE.replace("routes =", f"{more}\nroutes ="), "f.toml").services

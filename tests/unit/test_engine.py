@@ -124,6 +124,16 @@ entries = [
     { id = "nobody", target = "10.64.0.2:554" },
 ]
 
+[services.proxied]
+endpoints = ["203.0.113.18:443/tcp", "[2001:db8::18]:443/tcp"]
+inspect = ["proxy", "http"]
+trusted_proxies = ["198.51.100.0/28", "2001:db8:1::1/128"]
+routes = [
+    { when = { "http.host" = "a.example" }, target = ["10.64.0.1:82", "[fd00:64::1]:82"] },
+    { when = { "http.host" = "a.example" }, source = "192.0.2.0/24", target = ["10.64.0.2:82", "[fd00:64::2]:82"] },
+    { when = { "proxy.authority" = "B.example" }, target = "10.64.0.3:82" },
+]
+
 [services.no-default]
 endpoints = ["203.0.113.15:80/tcp"]
 inspect = ["http"]
@@ -346,7 +356,7 @@ def test_where_a_syn_goes(plan: Decider, packet: Packet, service: str, reason: R
 def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() -> None:
     not_the_engines = {Reason.NOT_READABLE, Reason.NOT_LOADED, Reason.FAULT}
     not_the_engines |= {Reason.SILENCE, Reason.TOO_LONG, Reason.TOO_SLOW, Reason.CONFLICT, Reason.ENDED}
-    not_the_engines |= {Reason.UNANSWERED}
+    not_the_engines |= {Reason.UNANSWERED, Reason.UNTRUSTED_PROXY}
     assert {reason for _, _, reason, _ in STEERED} == set(Reason) - not_the_engines
     assert {expected if isinstance(expected, Outcome) else Outcome.STEER for *_, expected in STEERED} == set(Outcome)
 
@@ -464,6 +474,31 @@ def test_the_source_counts_for_first_payloads_as_well(plan: Decider) -> None:
     decision = plan.first(LATE4, b"\x16\x03\x01", source="192.0.2.7")
     assert decision is not None
     assert (decision.reason, plan.target(decision)) == (Reason.ROUTE, "10.64.0.2:99")
+
+
+PROXIED = b"PROXY TCP4 192.0.2.9 203.0.113.18 5555 443\r\n"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "source", "payload", "reason", "target"),
+    [
+        ("203.0.113.18:443", "198.51.100.1", PROXIED + REQUEST, Reason.ROUTE, "10.64.0.2:82"),
+        ("203.0.113.18:443", "198.51.100.1", REQUEST, Reason.ROUTE, "10.64.0.1:82"),
+        ("203.0.113.18:443", "198.51.100.16", REQUEST, Reason.ROUTE, "10.64.0.1:82"),
+        ("203.0.113.18:443", "198.51.100.16", PROXIED + REQUEST, Reason.UNTRUSTED_PROXY, None),
+        ("203.0.113.18:443", "198.51.100.1", PROXIED + SSH, Reason.UNMATCHED, None),
+        ("[2001:db8::18]:443", "2001:db8:1::1", PROXIED + REQUEST, Reason.ROUTE, "[fd00:64::2]:82"),
+        ("[2001:db8::18]:443", "2001:db8:1::2", PROXIED + REQUEST, Reason.UNTRUSTED_PROXY, None),
+    ],
+)
+def test_a_proxy_header_is_believed_of_trusted_proxies_only(
+    plan: Decider, endpoint: str, source: str, payload: bytes, reason: Reason, target: str | None
+) -> None:
+    decided = [
+        found for size in range(len(payload) + 1) if (found := plan.first(endpoint, payload[:size], source)) is not None
+    ]
+    assert {(d.reason, plan.target(d)) for d in decided} == {(reason, target)}
+    assert (decided[-1].keys.get("proxy.source") == "192.0.2.9") == (PROXIED in payload)
 
 
 def test_silence_patience_and_giving_up(plan: Decider) -> None:
