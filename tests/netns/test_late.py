@@ -263,18 +263,18 @@ def test_a_request_that_was_repeated_while_the_worker_was_slow_is_carried_out_on
 @both
 def test_a_worker_that_is_killed_costs_undecided_connections_at_most(late: Gateway, version: int) -> None:
     late.expected_warnings.append("worker died")
-    decided, undecided = connect(late, version), connect(late, version)
-    decided.sendall(request("a.example"))
-    assert line_of(decided).startswith(name(version, 1))
-    undecided.sendall(request("b.example")[:10])
-    bound = late.count_events("worker bound")
-    for pid in worker_pids(late):
-        os.kill(pid, signal.SIGKILL)
-    late.wait(lambda: late.count_events("worker bound") == bound + 2, "the workers are back")
-    decided.sendall(b"x")
-    assert decided.recv(100)
-    undecided.sendall(request("b.example")[10:])
-    assert line_of(undecided).startswith(name(version, 2)), "what was not acknowledged comes again"
+    with connect(late, version) as decided, connect(late, version) as undecided:
+        decided.sendall(request("a.example"))
+        assert line_of(decided).startswith(name(version, 1))
+        undecided.sendall(request("b.example")[:10])
+        bound = late.count_events("worker bound")
+        for pid in worker_pids(late):
+            os.kill(pid, signal.SIGKILL)
+        late.wait(lambda: late.count_events("worker bound") == bound + 2, "the workers are back")
+        decided.sendall(b"x")
+        assert decided.recv(100)
+        undecided.sendall(request("b.example")[10:])
+        assert line_of(undecided).startswith(name(version, 2)), "what was not acknowledged comes again"
 
 
 def test_spoofed_first_payloads_open_nothing_and_draw_no_answer(late: Gateway) -> None:
