@@ -188,7 +188,7 @@ def postgres(lab: Gateway, name: str, number: int, port: int) -> Iterator[None]:
             f"{programs}/postgres", "-D", f"{data}", *(f"--{key}={value}" for key, value in settings.items()),
         )  # fmt: skip
         _await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
-        create = f"-c 'create user \"{name}\"' -c 'create database \"{name}\" owner \"{name}\"'"
+        create = f'-c \'create user "{name}"\' -c \'create database "{name}" owner "{name}"\''
         sh(f"psql -Xq -v ON_ERROR_STOP=1 -h {directory} -p {port} -U postgres {create}")
         yield
     finally:
