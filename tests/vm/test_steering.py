@@ -1,18 +1,21 @@
-"""Early steering on a stock kernel: native `queue`, dummy devices, the whole daemon. Topology: tests/netns/gateway.py.
+"""Early and late steering on a stock kernel: native `queue`, dummy devices, synproxy, the whole daemon.
+Topology: tests/netns/gateway.py.
 
 One gateway serves all of it: to start the daemon is the slow part under emulation.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
 
 from steerd.model import Extension, Reason
 from steerd.telemetry.counters import Counters
-from tests.netns.gateway import CLIENT4, ENDPOINT4, ROOT, gateway
+from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 
 CONFIG = """
@@ -30,10 +33,25 @@ extension_pool = { pool = "tenants", by = "extension", port = 8080 }
 [[services.main.routes]]
 when = { "portext.dst" = 7, "portext.src" = 3 }
 target = ["10.65.0.9:same", "[fd00:65::9]:same"]
+
+[services.web]
+endpoints = ["203.0.113.10:80/tcp", "[2001:db8::10]:80/tcp"]
+inspect = ["http"]
+routes = [
+    { when = { "http.host" = "a.example" }, target = ["10.64.0.1:8080", "[fd00:64::1]:8080"] },
+    { when = { "http.host" = "b.example" }, target = ["10.64.0.2:8080", "[fd00:64::2]:8080"] },
+]
 """
 
 
-def test_early_steering_by_native_queue_and_dummy_devices(new_host: Callable[[str], Host]) -> None:
+def late_client(lab: Gateway, version: int) -> socket.socket:
+    client = lab.socket(None, version=version)
+    client.connect((ENDPOINT4 if version == 4 else ENDPOINT6, 80))
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def test_steering_by_native_queue_dummy_devices_and_synproxy(new_host: Callable[[str], Host]) -> None:
     with gateway(new_host) as lab:
         lab.configure(CONFIG)
         lab.start()
@@ -73,6 +91,21 @@ def test_early_steering_by_native_queue_and_dummy_devices(new_host: Callable[[st
             with pytest.raises(ConnectionResetError):
                 connection.recv(256)
         assert lab.ask(Extension(6, 0), 443, source=source).startswith("10.64.0.5 ")
+
+        # Late: whole, in two segments (an ACK of the worker's own opens the connection), and refused.
+        for version, alias in ((4, "10.64.0.{}"), (6, "fd00:64::{}")):
+            for host, index, cut in (("a", 1, None), ("b", 2, None), ("a", 1, 20)):
+                request = f"GET / HTTP/1.1\r\nHost: {host}.example\r\n\r\n".encode()
+                with late_client(lab, version) as client:
+                    for part in (request[:cut], request[cut:] if cut else b""):
+                        client.sendall(part)
+                        time.sleep(0.2 if cut else 0)
+                    assert client.recv(256).startswith(alias.format(index).encode() + b" 8080 ")
+            with late_client(lab, version) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: c.example\r\n\r\n")
+                with pytest.raises(ConnectionResetError):
+                    client.recv(256)
+        assert counters.total(Reason.FAULT) == 0
 
         lab.stop()
         lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.main down {lab.config}")
