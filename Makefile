@@ -9,18 +9,22 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup demo test lint unit netns test-vm bench clean
+.PHONY: help setup setup-programs test-long demo test lint unit netns test-vm bench clean
 
 help:
 	@echo "make demo             70,000 daemons behind one address, each reached and checked (namespaces, root)"
 	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
 	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
+	@echo "make test-long        transfers of 1 GB through loss and reordering"
 	@echo "make lint unit netns  parts of 'make test'"
 	@echo "make clean            remove .venv and caches"
 
 setup:
 	@tests/setup.sh
+
+setup-programs:
+	@tests/setup.sh programs
 
 demo: setup
 	@$(AS_ROOT) $(PYTHON) -m tests.demo
@@ -36,8 +40,11 @@ lint: setup
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit tests/property
 
-netns: setup
+netns: setup-programs
 	$(AS_ROOT) $(PYTHON) -m pytest -q tests/netns
+
+test-long: setup-programs
+	$(AS_ROOT) env STEERD_LONG=1 $(PYTHON) -m pytest -q --timeout 3600 tests/netns/test_late_transfers.py
 
 test-vm: setup
 	$(AS_ROOT) $(if $(KERNEL),KERNEL=$(KERNEL)) tests/vm/pytest

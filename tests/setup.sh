@@ -1,16 +1,20 @@
 #!/bin/bash
-# Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo`, `make test` and `make bench`: what is missing of the
-# packages below through apt (with sudo if need be), and a virtual environment in .venv. Says what it does; does
-# nothing if nothing is missing. Packages and .venv stay.
+# Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo` and `make bench`, and with the argument `programs` for
+# the tests with real servers too: what is missing of the packages below through apt (with sudo if need be; no service is
+# started), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing. Packages and .venv
+# stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(
 	nftables iptables iproute2 procps           # the packet path, and namespaces to try it in
 	conntrack tcpdump shellcheck curl           # tests
-	nginx openssl openssh-client openssh-server postgresql nghttp2-client # tests with real programs
 	python3-dev python3-venv gcc libc6-dev pkg-config libnetfilter-queue-dev libnfnetlink-dev # python-netfilterqueue
 )
+
+if [ "${1:-}" = programs ]; then
+	packages+=(nginx openssl openssh-client openssh-server postgresql nghttp2-client)
+fi
 
 as_root() {
 	if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
@@ -23,7 +27,14 @@ done
 if [ ${#missing[@]} -gt 0 ]; then
 	echo "setup: installing with apt: ${missing[*]}"
 	log=$(mktemp)
-	trap 'rm -f "$log"' EXIT
+	policy=/usr/sbin/policy-rc.d
+	if [ -e $policy ]; then
+		trap 'rm -f "$log"' EXIT
+	else
+		# Debian's way to install servers without starting them: the tests start their own, in namespaces.
+		trap 'rm -f "$log"; as_root rm -f "$policy"' EXIT
+		printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin $policy
+	fi
 	if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y --no-install-recommends "${missing[@]}"; } </dev/null >"$log" 2>&1; then
 		tail -20 "$log" >&2

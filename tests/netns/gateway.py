@@ -198,7 +198,7 @@ class Gateway:
                 for event in self.events()
                 if event["level"] not in ("info", "debug") and event["event"] not in self.expected_warnings
             ]
-            assert unexpected == []
+            assert unexpected == [], unexpected
             unasked = self.client.sh("nft list counter inet unasked unasked")
             assert self.allow_unasked or "packets 0 " in unasked, unasked
         finally:
