@@ -231,6 +231,6 @@ def _show_established(console: Console, figures: dict[str, Any]) -> None:
     for kind in ESTABLISHED:
         latency = [f"{us['p50_us']:.0f} / {us['p99_us']:.0f}" for us in figures[kind.name]["exchange"].values()]
         bulk = [figures[kind.name][f"bulk_{way}_gbit_per_s"] for way in ("up", "down")]
-        rates = [f"{rate['median']:.1f} ({rate['lowest']:.1f} - {rate['highest']:.1f})" for rate in bulk]
+        rates = [f"{rate['median']:.1f} ({rate['lowest']:.1f}-{rate['highest']:.1f})" for rate in bulk]
         exchanges.add_row(kind.name, *latency, *rates)
     console.print(exchanges)

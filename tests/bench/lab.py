@@ -10,10 +10,15 @@ its endpoint to them. A daemon answers with its name, which every client checks.
 
 A round that fails in any connection is void: it is counted and repeated. A wrong daemon ends the bench.
 
-Nothing is pinned, and there are PARTS clients, servers, and workers of the system under test, so that everything
-can use both cores of a small machine: the rate is that of the whole machine, everybody included, and what each took is
-told by its CPU time. (Tried: the generator on one core, the rest on the other. Then every packet is handed from core to
-core, and on a virtual machine the interrupts for that triple the time of an exchange and drown what is compared.)
+Nothing is pinned, and there are PARTS clients, servers, and workers of the system under test, so that everything can
+use both cores of a small machine: the rate is that of the whole machine, everybody included, and what each took is told by
+its CPU time. (Tried: the generator on one core, the rest on the other. Then every packet is handed from core to core,
+and on a virtual machine the interrupts for that triple the time of an exchange and drown what is compared.) Only where
+one thing happens at a time is everybody on one core: whether a wake-up crosses cores is the scheduler's whim, and would
+double the time of an exchange in one round and not in the next.
+
+On a machine that is busy otherwise, the scheduler gives more to whoever has more processes: there, CPU time alone means
+something.
 """
 
 from __future__ import annotations
@@ -312,6 +317,7 @@ class Lab:
                          parallel=parallel // clients, seconds=ROUND_SECONDS)
             for _ in range(clients)
         ]  # fmt: skip
+        self._place(way.gateway, processes, parallel)
         before = self._cpu(way.gateway)
         results = _go(processes)
         after = self._cpu(way.gateway)
@@ -353,7 +359,9 @@ class Lab:
             "parallel": parallel,
             "seconds": 1,
         }
-        return _go([self._client("stream", way, parallel, **settings)])
+        processes = [self._client("stream", way, parallel, **settings)]
+        self._place(way.gateway, processes, 1 if what == "exchange" and parallel == 1 else PARTS)
+        return _go(processes)
 
     def _client(self, program: str, way: Way, tuples: int, **settings: int | str) -> subprocess.Popen[str]:
         """A client, ready to go; it will use that many source addresses and ports."""
@@ -381,6 +389,14 @@ class Lab:
         if _line(process) != "ready":
             raise SystemExit("bench: a client did not start")
         return process
+
+    def _place(self, gateway: Gateway, clients: list[subprocess.Popen[str]], parallel: int) -> None:
+        """Everybody on one core if one thing happens at a time, else on all."""
+        cores = sorted(os.sched_getaffinity(0))[: 1 if parallel == 1 else None]
+        pids = [str(process.pid) for process in (*clients, *gateway.servers)]
+        for pid in pids + gateway.system_pids():
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), cores)
 
     def _cpu(self, gateway: Gateway) -> dict[str, float]:
         """Seconds of CPU time used so far: by parts of the gateway, and by the whole machine."""
