@@ -8,12 +8,12 @@ cd "$(dirname "$0")/.."
 
 packages=(
 	nftables iptables iproute2 procps           # the packet path, and namespaces to try it in
-	conntrack tcpdump shellcheck curl           # tests
+	conntrack tcpdump shellcheck curl openssl   # tests and demo
 	python3-dev python3-venv gcc libc6-dev pkg-config libnetfilter-queue-dev libnfnetlink-dev # python-netfilterqueue
 )
 
 if [ "${1:-}" = programs ]; then
-	packages+=(nginx openssl openssh-client openssh-server postgresql nghttp2-client)
+	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client)
 fi
 
 as_root() {

@@ -3,13 +3,20 @@
              client                                  gateway
       198.51.100.1/24  ---- veth ----  198.51.100.254     203.0.113.10 (the one public address, on lo)
       4 client programs                steerd             70,000 listening sockets, each on an alias of its own
+      4 curls                                             203.0.113.11 (the second act's, on lo)
+                                                          2,000 web servers, each on an alias of its own
 
-All of it in two network namespaces, which are removed at the end, also when interrupted. Needs root.
+The first act steers early, by the port extension of the SYN. The second steers late, by what ordinary clients say
+first: 1,000 TLS names and 1,000 HTTP hosts on one address and port, each asked for by curl.
+
+Each act prints one line with its figures when both are over, the first act the very last. All of it in two network
+namespaces, which are removed at the end, also when interrupted. Needs root.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import selectors
 import signal
@@ -20,14 +27,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tests.netns.gateway import ENDPOINT4 as ENDPOINT
-from tests.netns.lab import Host, link
+from tests.netns.lab import Host, link, sh
 
 DAEMONS = 70_000
 CLIENT = "198.51.100.1"
@@ -39,6 +46,12 @@ LAST_EXTENDED = FIRST_EXTENDED + DAEMONS
 ALIASES = DAEMONS + 1
 RESPONDERS = 5
 CLIENTS = 4
+SITES_ENDPOINT = "203.0.113.11"
+SITES_PORT = 443
+NAMES = 1_000
+"""... of TLS and as many of HTTP."""
+CURLS = 2
+"""... for each of the two."""
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -68,7 +81,51 @@ endpoints = ["{ENDPOINT}:1-65535/tcp"]
 inspect = ["port-extension"]
 unextended = "unmatched"
 extension_pool = {{{{ pool = "tenants", by = "extended-port", first = {FIRST_EXTENDED}, port = {ALIAS_PORT} }}}}
+
+[pools.sites]
+prefixes = ["10.66.0.0/21"]
+size = {2 * NAMES}
+
+[services.sites]
+endpoints = ["{SITES_ENDPOINT}:{SITES_PORT}/tcp"]
+inspect = ["tls", "http"]
+routes = [
+{{routes}}
+]
 """
+
+
+class Kind(NamedTuple):
+    """One half of the second act: site n is asked for by the name n, and its daemon is on the n-th alias."""
+
+    scheme: str
+    key: str
+    domain: str
+    first_alias: str
+    alias_port: int
+
+    def name(self, number: int) -> str:
+        return f"site{number:04}.{self.domain}"
+
+    def alias(self, number: int) -> str:
+        return _alias(self.first_alias, number)
+
+    def url(self, number: int | str) -> str:
+        """A site's URL; for "[FIRST-LAST]" the pattern that curl makes the URLs of these sites from."""
+        name = self.name(number) if isinstance(number, int) else f"site{number}.{self.domain}"
+        return f"{self.scheme}://{name}:{SITES_PORT}/"
+
+    def routes(self) -> str:
+        return "\n".join(
+            f'{{ when = {{ "{self.key}" = "{self.name(n)}" }}, target = "{self.alias(n)}:{self.alias_port}" }},'
+            for n in range(NAMES)
+        )
+
+
+KINDS = (
+    Kind("https", "tls.sni", "tls.example", "10.66.0.0", 8443),
+    Kind("http", "http.host", "http.example", "10.66.3.232", 8080),
+)
 
 
 class Demo:
@@ -80,6 +137,7 @@ class Demo:
         self.processes: list[subprocess.Popen[str]] = []
         self.directory = tempfile.TemporaryDirectory(prefix="steerd-demo-")
         self.log = Path(self.directory.name) / "log"
+        self.certificate = Path(self.directory.name) / "sites.pem"
 
     def close(self) -> None:
         with _uninterrupted():
@@ -97,7 +155,7 @@ class Demo:
 
     def spawn(self, host: Host, *argv: str, stderr: IO[str] | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            host.command(sys.executable, *argv),
+            host.command(*argv),
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             process_group=0,  # Ctrl-C is for the demo alone; else every program prints a traceback of its own
         )  # fmt: skip
@@ -108,15 +166,20 @@ class Demo:
         client, gateway = self.host("client"), self.host("gateway")
         link(client, "eth0", gateway, "eth0")
         client.sh(f"ip addr add {CLIENT}/24 dev eth0; ip route add default via 198.51.100.254")
-        gateway.sh(f"ip addr add 198.51.100.254/24 dev eth0; ip addr add {ENDPOINT}/32 dev lo")
+        gateway.sh(
+            "ip addr add 198.51.100.254/24 dev eth0;"
+            f"ip addr add {ENDPOINT}/32 dev lo; ip addr add {SITES_ENDPOINT}/32 dev lo"
+        )
         return client, gateway
 
     def start_steerd(self, gateway: Host) -> tuple[subprocess.Popen[str], dict[str, dict[str, float]]]:
         """The daemon's process and its first log events by name, once all workers are bound."""
         config = Path(self.directory.name) / "steerd.toml"
-        config.write_text(CONFIG.format(directory=self.directory.name))
+        config.write_text(
+            CONFIG.format(directory=self.directory.name, routes="\n".join(kind.routes() for kind in KINDS))
+        )
         with self.log.open("w") as log:
-            process = self.spawn(gateway, "-m", "steerd.cli.main", "run", str(config), stderr=log)
+            process = self.spawn(gateway, sys.executable, "-m", "steerd.cli.main", "run", str(config), stderr=log)
         while True:
             lines = self.log.read_text().splitlines(keepends=True)
             events = {event["event"]: event for event in map(json.loads, filter(_is_event, lines))}
@@ -132,48 +195,115 @@ class Demo:
         hole = 131072 - FIRST_EXTENDED
         processes = []
         for first in range(0, ALIASES, share):
-            process = self.spawn(gateway, "-m", "tests.netns.responder")
+            process = self.spawn(gateway, sys.executable, "-m", "tests.netns.responder")
             runs = [(first, min(first + share, ALIASES))]
             if runs[0][0] <= hole < runs[0][1]:
                 runs = [(first, hole), (hole + 1, runs[0][1])]
             assert process.stdin is not None
             for start, end in runs:
                 if end > start:
-                    process.stdin.write(f"{_alias(start)} {end - start} {ALIAS_PORT}\n")
+                    process.stdin.write(f"{_alias(FIRST_ALIAS, start)} {end - start} {ALIAS_PORT}\n")
             process.stdin.close()
             processes.append(process)
-        listening = 0
-        for process in processes:
-            assert process.stdout is not None
-            listening += int(process.stdout.readline().split()[1])
-        if listening != DAEMONS:
-            raise SystemExit(f"demo: {listening} sockets listen, not {DAEMONS}")
+        _await_listening(processes, DAEMONS)
 
     def connect_all(self, client: Host) -> tuple[int, int, float]:
         """Reach every extended port; returns (reached, wrong, seconds)."""
         started = time.monotonic()
-        selector = selectors.DefaultSelector()
-        for number in range(CLIENTS):
-            process = self.spawn(
-                client, "-m", "tests.demo.client", str(FIRST_EXTENDED + number), str(LAST_EXTENDED),
+        clients = [
+            self.spawn(
+                client, sys.executable, "-m", "tests.demo.client", str(FIRST_EXTENDED + number), str(LAST_EXTENDED),
                 str(CLIENTS), CLIENT, FIRST_ALIAS, str(ALIAS_PORT), str(FIRST_EXTENDED),
-            )  # fmt: skip
-            assert process.stdout is not None
-            selector.register(process.stdout, selectors.EVENT_READ, number)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            )
+            for number in range(CLIENTS)
+        ]  # fmt: skip
         results = [(0, 0, 0)] * CLIENTS
-        with Progress(*columns, console=self.console) as progress:
+        with self.progress() as progress:
             task = progress.add_task("daemons reached and checked", total=DAEMONS)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    line = key.fileobj.readline()  # type: ignore[union-attr]
-                    if not line:
-                        selector.unregister(key.fileobj)
-                        continue
-                    tried, reached, wrong = map(int, line.split())
-                    results[key.data] = (tried, reached, wrong)
-                    progress.update(task, completed=sum(result[1] for result in results))
+            for number, line in _lines(clients):
+                tried, reached, wrong = map(int, line.split())
+                results[number] = (tried, reached, wrong)
+                progress.update(task, completed=sum(result[1] for result in results))
         return sum(r[1] for r in results), sum(r[2] for r in results), time.monotonic() - started
+
+    def start_sites(self, gateway: Host) -> None:
+        """The second act's web servers, and a certificate for all names; returns once all of them listen."""
+        sh(
+            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=demo"
+            f" -addext 'subjectAltName=DNS:*.{KINDS[0].domain}' -keyout {self.certificate}.key"
+            f" -out {self.certificate} 2>&1; cat {self.certificate}.key >> {self.certificate}"
+        )
+        processes = [
+            self.spawn(
+                gateway, sys.executable, "-m", "tests.demo.sites",
+                kind.first_alias, str(NAMES), str(kind.alias_port),
+                *([str(self.certificate)] if kind.scheme == "https" else []),
+            )
+            for kind in KINDS
+        ]  # fmt: skip
+        _await_listening(processes, len(KINDS) * NAMES)
+
+    def visit_all(self, client: Host) -> tuple[int, int, float]:
+        """Ask for every site with curl; returns (sites that answered rightly, sites that another answered for,
+        seconds)."""
+        started = time.monotonic()
+        expected = {
+            kind.url(n): f"{kind.alias(n)} {kind.alias_port} {CLIENT} {kind.name(n)}"
+            for kind in KINDS
+            for n in range(NAMES)
+        }
+        share = NAMES // CURLS
+        curls = [
+            self.spawn(
+                client, "curl", "-q", "-sS", "--no-buffer", "--noproxy", "*", "--max-time", "15",
+                "--cacert", str(self.certificate), "--connect-to", f"::{SITES_ENDPOINT}:{SITES_PORT}",
+                "--write-out", r" %{url_effective}\n", kind.url(f"[{first:04}-{first + share - 1:04}]"),
+            )
+            for kind in KINDS
+            for first in range(0, NAMES, share)
+        ]  # fmt: skip
+        right: set[str] = set()
+        wrong = 0
+        with self.progress() as progress:
+            task = progress.add_task("names asked for by curl    ", total=len(expected))
+            for _, line in _lines(curls):
+                body, _, url = line.rstrip("\n").rpartition(" ")
+                if body == expected[url]:
+                    right.add(url)
+                    progress.update(task, completed=len(right))
+                elif body:
+                    wrong += 1
+                    print(f"{url}: expected {expected[url]!r}, got {body!r}", file=sys.stderr)
+        return len(right), wrong, time.monotonic() - started
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(*columns, console=self.console)
+
+
+def _await_listening(processes: list[subprocess.Popen[str]], wanted: int) -> None:
+    """Each of them prints "listening N" once its N sockets listen."""
+    listening = 0
+    for process in processes:
+        assert process.stdout is not None
+        listening += int(process.stdout.readline().removeprefix("listening ") or 0)
+    if listening != wanted:
+        raise SystemExit(f"demo: {listening} sockets listen, not {wanted}")
+
+
+def _lines(processes: list[subprocess.Popen[str]]) -> Iterator[tuple[int, str]]:
+    """What they print, as it comes, with the number of the process, until all have ended."""
+    selector = selectors.DefaultSelector()
+    for number, process in enumerate(processes):
+        assert process.stdout is not None
+        selector.register(process.stdout, selectors.EVENT_READ, number)
+    while selector.get_map():
+        for key, _ in selector.select():
+            line = key.fileobj.readline()  # type: ignore[union-attr]
+            if line:
+                yield key.data, line
+            else:
+                selector.unregister(key.fileobj)
 
 
 def _is_event(line: str) -> bool:
@@ -181,9 +311,8 @@ def _is_event(line: str) -> bool:
     return line.startswith("{") and line.endswith("}\n")
 
 
-def _alias(index: int) -> str:
-    value = int.from_bytes(bytes(map(int, FIRST_ALIAS.split("."))), "big") + index
-    return ".".join(map(str, value.to_bytes(4, "big")))
+def _alias(first: str, index: int) -> str:
+    return str(ipaddress.ip_address(first) + index)
 
 
 def _memory(process: subprocess.Popen[str]) -> int:
@@ -198,7 +327,7 @@ def _memory(process: subprocess.Popen[str]) -> int:
 
 
 def run(console: Console) -> bool:
-    """The whole demo; prints its table and its last line, and returns whether every daemon was reached."""
+    """The whole demo; prints its table and its last lines, and returns whether every daemon was reached."""
     demo = Demo(console)
     try:
         client, gateway = demo.topology()
@@ -208,6 +337,9 @@ def run(console: Console) -> bool:
         demo.start_daemons(gateway)
         console.print(f"the client connects to {ENDPOINT}, extended ports {FIRST_EXTENDED:,} to {LAST_EXTENDED:,} ...")
         reached, wrong, seconds = demo.connect_all(client)
+        demo.start_sites(gateway)
+        console.print(f"curl asks {SITES_ENDPOINT}:{SITES_PORT} for {NAMES:,} names in TLS and {NAMES:,} in HTTP ...")
+        named, misnamed, visit_seconds = demo.visit_all(client)
         memory = _memory(steerd)
     finally:
         demo.close()
@@ -220,10 +352,14 @@ def run(console: Console) -> bool:
     table.add_row("reached, and named right", f"{reached:,}")
     table.add_row("connections per second", f"{reached / seconds:,.0f}")
     table.add_row("wrong deliveries", f"{wrong:,}")
+    table.add_row("names on one address and port", f"{len(KINDS) * NAMES:,} (half TLS, half HTTP)")
+    table.add_row("answered by their own daemon", f"{named:,}")
+    table.add_row("... by another", f"{misnamed:,}")
     table.add_row("memory of the agent", f"{memory / 1e6:,.0f} MB (main process and two workers)")
     console.print(table)
+    print(f"demo: names={named} wrong={misnamed} seconds={visit_seconds:.1f}")
     print(f"demo: reached={reached} wrong={wrong} seconds={seconds:.1f}", flush=True)
-    return reached == DAEMONS and wrong == 0
+    return (reached, wrong, named, misnamed) == (DAEMONS, 0, len(KINDS) * NAMES, 0)
 
 
 @contextlib.contextmanager
