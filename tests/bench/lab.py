@@ -11,11 +11,11 @@ its endpoint to them. A daemon answers with its name, which every client checks.
 A round that fails in any connection is void: it is counted and repeated. A wrong daemon ends the bench.
 
 Nothing is pinned, and there are PARTS clients, servers, and workers of the system under test, so that everything can
-use both cores of a small machine: the rate is that of the whole machine, everybody included, and what each took is told by
-its CPU time. (Tried: the generator on one core, the rest on the other. Then every packet is handed from core to core,
-and on a virtual machine the interrupts for that triple the time of an exchange and drown what is compared.) Only where
-one thing happens at a time is everybody on one core: whether a wake-up crosses cores is the scheduler's whim, and would
-double the time of an exchange in one round and not in the next.
+use both cores of a small machine: the rate is that of the whole machine, everybody included, and what each took is
+told by its CPU time. (Tried: the generator on one core, the rest on the other. Then every packet is handed from core
+to core, and on a virtual machine the interrupts for that triple the time of an exchange and drown what is compared.)
+Only where one thing happens at a time is everybody on one core: whether a wake-up crosses cores is the scheduler's
+whim, and would double the time of an exchange in one round and not in the next.
 
 On a machine that is busy otherwise, the scheduler gives more to whoever has more processes: there, CPU time alone means
 something.
