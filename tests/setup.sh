@@ -1,8 +1,8 @@
 #!/bin/bash
 # Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo` and `make bench`, and with the argument `programs` for
 # the tests with real servers too: what is missing of the packages below through apt (with sudo if need be; no service is
-# started), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing. Packages and .venv
-# stay.
+# started or enabled), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing.
+# Packages and .venv stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,12 +20,17 @@ as_root() {
 	if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
+services=(nginx.service ssh.service ssh.socket postgresql.service)
+enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
+
 missing=()
 for package in "${packages[@]}"; do
 	dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
 done
 if [ ${#missing[@]} -gt 0 ]; then
 	echo "setup: installing with apt: ${missing[*]}"
+	unused=()
+	for service in "${services[@]}"; do enabled "$service" || unused+=("$service"); done
 	log=$(mktemp)
 	policy=/usr/sbin/policy-rc.d
 	if [ -e $policy ]; then
@@ -41,6 +46,10 @@ if [ ${#missing[@]} -gt 0 ]; then
 		echo "setup: apt could not install what is missing (its words are above)" >&2
 		exit 1
 	fi
+	# Nor are they to run after the next boot, unless they would have done so anyway.
+	for service in "${unused[@]}"; do
+		if enabled "$service"; then as_root systemctl --quiet disable "$service" &>/dev/null; fi
+	done
 fi
 
 # The distribution's Python, since it is the one that python3-dev and python3-venv belong to.
