@@ -17,17 +17,25 @@ makes sure that this is what happened and clears the mark, and the packet is del
 conntrack translates every packet of the connection, both ways, and steerd never sees it again. The daemon sees the
 client's own address.
 
+**The life of a first payload.** Most SYNs carry nothing to go by. At a service that inspects payloads such a SYN is
+answered by the kernel itself (synproxy, a cookie, no state); the first payload of the connection is what the worker
+gets. steerd.late puts it together with steerd.core.pending, has the engine decide, and lets the packet go on with its
+mark: the kernel checks the cookie, opens the connection to the alias (chains `handshake`, `recall`, `steer_local`,
+`verify`), and the worker's copy of the payload follows through a raw socket (steerd.kernel.inject).
+
 **Who does what.** *wire turns bytes into facts, core turns facts into decisions, kernel turns decisions into effects
 and the world into facts.* wire and core are pure: no clock, no socket, no log.
 
     cli/           the commands `steerd` and `steerctl`; no logic
     daemon.py      the main process (asyncio): makes the machine match the configuration and keeps it so
     worker.py      one queue, one process, the hot loop
+    late.py        the half of a worker that is about first payloads
     config.py      TOML to values; every mistake found, each with its key
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
     core/          engine, router, pools, marks, plan (have and want -> what to do)
-    kernel/        queue, nftables (netlink), ruleset (the table), aliases, listeners, host
+    kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
+                   handshake (what this machine says in SYN-ACKs), listeners, host
     control/       registry (LMDB): ids, routes and the plan; what must outlive a process and what all workers read
                    sessions and claims on them; the API and its client
     telemetry/     counters in shared memory, logs

@@ -70,6 +70,9 @@ TICK_SECONDS = 0.02
 """As often as pending connections are looked through for those whose time is over."""
 
 
+_MAX_UNDELIVERED = 4096
+
+
 class Verdict(NamedTuple):
     """What becomes of a queued packet."""
 
@@ -103,6 +106,8 @@ class Late:
         self._injector = Injector(0)
         self._pending = Pending(pending.Limits(), self._inspect, self._patience)
         self._looked = 0.0
+        # Connections whose copy the kernel did not take were not opened, whatever conntrack holds for their ports.
+        self._undelivered: set[Flow] = set()
 
     def refresh(self, engine: Engine, mark: MarkLayout, limits: pending.Limits, handshake: Handshake) -> None:
         """A new plan is in force. What is undecided stays, and is decided by it."""
@@ -165,7 +170,7 @@ class Late:
             case ForwardRaw():
                 slot[Extra.FORWARDED] += 1
                 for copy in self._copies(packet, raw, cut):
-                    self._send_later(copy)
+                    self.after.append(partial(self._deliver, _flow(packet), copy))
             case Acknowledge(packet=acknowledged, ack=ack, window=window):
                 slot[Extra.HELD] += 1
                 slot[Extra.ACKNOWLEDGED] += 1
@@ -198,7 +203,7 @@ class Late:
             whole = decide.alone and not cut and len(decide.data) == len(first.payload)
             size = self._handshake.mss4 - 12 if first.version == 4 else self._handshake.mss6 - 12
             for copy in [raw] if whole else segment.data(first, decide.data, fin=decide.fin, size=size):
-                self._send_later(copy)
+                self.after.append(partial(self._deliver, _flow(first), copy))
         return verdict
 
     def _give_up(self, action: GiveUp) -> None:
@@ -254,6 +259,16 @@ class Late:
             self._injector.send(segment.alert(first, len(data), said))
         self._injector.send(segment.reset(first, len(said)))
 
+    def _deliver(self, flow: Flow, copy: bytes) -> None:
+        try:
+            self._injector.send(copy)
+        except PermissionError:
+            if len(self._undelivered) >= _MAX_UNDELIVERED:
+                self._undelivered.clear()
+            self._undelivered.add(flow)
+            raise
+        self._undelivered.discard(flow)
+
     def _send_later(self, packet: bytes, mark: int | None = None) -> None:
         self.after.append(partial(self._injector.send, packet, mark))
 
@@ -264,6 +279,8 @@ class Late:
         longer is; if the new one stands, a second one would carry the request out twice."""
         if self._is_vanished(flow):
             self._delete_entry(flow)
+            return True
+        if flow in self._undelivered:
             return True
         return not self._conntrack.is_answered(flow)
 
