@@ -282,7 +282,7 @@ class Engine:
         if reading.refused:
             return Decision(plan.unmatched, Reason.UNTRUSTED_PROXY, NO_TARGET, plan.name, keys, malformed)
         if plan.sessions is not None:
-            ruling = judge(plan.sessions, plan.name, keys, packet.src, self._find)
+            ruling = judge(plan.sessions, plan.name, keys, reading.source, packet.version, self._find)
             if ruling is not None and ruling.refused:
                 return Decision(plan.unmatched, Reason.SESSION_REFUSED, NO_TARGET, plan.name, keys, malformed)
             if ruling is not None:

@@ -17,9 +17,10 @@ A *claim* asks to write the client's address down as the session's source. Whoev
 first (control.sessions says how, and what holds while two clients claim at once), and refuses the connection if it is
 not granted. An exclusive claim is granted to one source only.
 
-The source is the client's whole address, and at this point only as good as the packet: the kernel checks the SYN
-cookie after the decision. Who knows an id and can spoof an address can claim the session for that address, just as he
-could for his own.
+The source is the client's whole address: the packet's, or the one that a trusted proxy's PROXY header names, which may
+be of another family than the packet. At this point it is only as good as the packet: the kernel checks the SYN cookie
+after the decision. Who knows an id and can spoof an address (a proxy's, say, and behind it name any client) can claim
+the session for that address, just as he could for his own.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Ruling(NamedTuple):
 
     refused: bool
     target_id: int = _NO_TARGET
-    """0: the session has no target of the client's address family."""
+    """0: the session has no target of the packet's address family."""
     claim: Claim | None = None
     """To be made, and granted, before the connection goes to the target."""
 
@@ -104,11 +105,17 @@ _REFUSED = Ruling(refused=True)
 
 
 def judge(
-    plan: SessionsPlan, service: str, keys: Keys, source: bytes, find: Callable[[str, str], Session | None]
+    plan: SessionsPlan,
+    service: str,
+    keys: Keys,
+    source: bytes,
+    version: int,
+    find: Callable[[str, str], Session | None],
 ) -> Ruling | None:
     """The ruling on a first payload, or None where it carries no known session id.
 
-    `source` is the packed client address (4 or 16 bytes); `find` looks a session up by service and id.
+    `source` is the packed client address (4 or 16 bytes), `version` the IP version of the packet, hence of the target;
+    `find` looks a session up by service and id.
     """
     session_id = keys.get(plan.key)
     session = None if session_id is None else find(service, session_id)
@@ -119,7 +126,7 @@ def judge(
     known = plan.on_new_source == "allow" or session.source == source
     if plan.on_new_source == "deny" and session.source and not known:
         return _REFUSED
-    target_id = session.ipv4 if len(source) == 4 else session.ipv6
+    target_id = session.ipv4 if version == 4 else session.ipv6
     if known or target_id == _NO_TARGET:
         return Ruling(False, target_id)
     return Ruling(False, target_id, Claim(service, session_id, session.serial, source, plan.on_new_source == "deny"))

@@ -30,13 +30,15 @@ REQUEST = {
 SERVICE = """
 [services.s{port}]
 endpoints = ["203.0.113.10:{port}/tcp", "[2001:db8::10]:{port}/tcp"]
-inspect = ["rtsp", "http"]
+{inspect}
 routes = [{{ when = {{ "{parser}.host" = "a.example" }}, target = {route} }}]
 [services.s{port}.sessions]
 key = "{key}"
 on_new_source = "{rule}"
 entries = [{entries}]
 """
+INSPECT = 'inspect = ["rtsp", "http"]'
+PROXIED = f'inspect = ["proxy", "rtsp", "http"]\ntrusted_proxies = ["{CLIENT4}/32", "{CLIENT6}/128"]'
 SOURCES = {4: (CLIENT4, "198.51.100.2"), 6: (CLIENT6, "2001:db8:1::2")}
 DAEMONS = 10
 
@@ -58,7 +60,7 @@ def lab(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
         yield made
 
 
-def configure(lab: Gateway, rule: str, *entries: str, pool: str = POOL) -> None:
+def configure(lab: Gateway, rule: str, *entries: str, pool: str = POOL, inspect: str = INSPECT) -> None:
     services = (
         SERVICE.format(
             port=port,
@@ -66,6 +68,7 @@ def configure(lab: Gateway, rule: str, *entries: str, pool: str = POOL) -> None:
             route=targets(9),
             key=key,
             rule=rule,
+            inspect=inspect,
             entries=", ".join(entries),
         )
         for port, key in KEYS.items()
@@ -73,8 +76,8 @@ def configure(lab: Gateway, rule: str, *entries: str, pool: str = POOL) -> None:
     lab.configure(pool + "".join(services))
 
 
-def serve(lab: Gateway, rule: str, *entries: str) -> None:
-    configure(lab, rule, *entries)
+def serve(lab: Gateway, rule: str, *entries: str, inspect: str = INSPECT) -> None:
+    configure(lab, rule, *entries, inspect=inspect)
     lab.start()
     lab.respond(("10.64.0.0", DAEMONS, 8080), ("fd00:64::", DAEMONS, 8080))
 
@@ -86,11 +89,11 @@ def reload(lab: Gateway) -> None:
     lab.wait(lambda: lab.count_events("reloaded") > before, "the configuration is reloaded")
 
 
-def connect(lab: Gateway, session: str, version: int, source: str, port: int = 554) -> socket.socket:
-    """A connection whose request is on its way."""
+def connect(lab: Gateway, session: str, version: int, source: str, port: int = 554, header: str = "") -> socket.socket:
+    """A connection whose request, perhaps behind a proxy's header, is on its way."""
     client = lab.socket(None, version=version, source=(source, 0))
     client.connect((ENDPOINT4 if version == 4 else ENDPOINT6, port))
-    client.sendall(REQUEST[port].format(session).encode())
+    client.sendall((header + REQUEST[port].format(session)).encode())
     return client
 
 
@@ -107,8 +110,10 @@ def heard(client: socket.socket) -> tuple[int, str] | None:
         return int(ipaddress.ip_address(alias)) & 0xFF, seen
 
 
-def ask(lab: Gateway, session: str, version: int, source: str, port: int = 554) -> tuple[int, str] | None:
-    return heard(connect(lab, session, version, source, port))
+def ask(
+    lab: Gateway, session: str, version: int, source: str, port: int = 554, header: str = ""
+) -> tuple[int, str] | None:
+    return heard(connect(lab, session, version, source, port, header))
 
 
 def steerctl(lab: Gateway, *arguments: str) -> str:
@@ -177,6 +182,29 @@ def test_deny_every_source_but_one(lab: Gateway, port: int, version: int) -> Non
         reload(lab)
     status = lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.ctl status {lab.config}")
     assert "session_refused" in status
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_behind_a_trusted_proxy_the_source_is_the_client_that_it_names(lab: Gateway, version: int) -> None:
+    """Clients of both families, whatever the proxy's own; the daemon sees the proxy, who is its peer."""
+    proxy, stranger = SOURCES[version]
+    serve(lab, "deny", entry("d1", 1, proxy), entry("d2", 2), entry("d3", 3), inspect=PROXIED)
+    header = {
+        client: f"PROXY TCP{6 if ':' in client else 4} {client} {client} 5555 554\r\n"
+        for client in ("192.0.2.9", "192.0.2.10", "2001:db8:2::9")
+    }
+    assert ask(lab, "d1", version, proxy) == (1, proxy)
+    assert ask(lab, "d1", version, proxy, header=header["192.0.2.9"]) is None
+    assert ask(lab, "d2", version, stranger, header=header["192.0.2.9"]) is None
+    for _ in range(2):
+        for session, number, client, other in (
+            ("d2", 2, "192.0.2.9", "192.0.2.10"),
+            ("d3", 3, "2001:db8:2::9", "192.0.2.9"),
+        ):
+            assert ask(lab, session, version, proxy, header=header[client]) == (number, proxy)
+            assert ask(lab, session, version, proxy, header=header[other]) is None
+            assert ask(lab, session, version, proxy) is None
+        await_sources(lab, 554, d1=proxy, d2="192.0.2.9", d3="2001:db8:2::9")
 
 
 @pytest.mark.parametrize("version", [4, 6])

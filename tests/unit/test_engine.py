@@ -134,6 +134,20 @@ routes = [
     { when = { "proxy.authority" = "B.example" }, target = "10.64.0.3:82" },
 ]
 
+[services.proxied-sessions]
+endpoints = ["203.0.113.19:554/tcp", "[2001:db8::19]:554/tcp"]
+inspect = ["proxy", "rtsp"]
+trusted_proxies = ["198.51.100.1/32", "2001:db8:1::1/128"]
+default = ["10.64.0.3:554", "[fd00:64::3]:554"]
+[services.proxied-sessions.sessions]
+key = "rtsp.session"
+on_new_source = "deny"
+entries = [
+    { id = "own", target = ["10.64.0.2:554", "[fd00:64::2]:554"], source = "192.0.2.9" },
+    { id = "the-proxy's", target = ["10.64.0.2:554", "[fd00:64::2]:554"], source = "198.51.100.1" },
+    { id = "nobody", target = ["10.64.0.2:554", "[fd00:64::2]:554"] },
+]
+
 [services.no-default]
 endpoints = ["203.0.113.15:80/tcp"]
 inspect = ["http"]
@@ -376,6 +390,29 @@ def test_a_session_without_a_source_is_claimed_by_who_comes(plan: Decider) -> No
     assert set(claims.values()) == {None}
     over_ipv6 = plan.first("[2001:db8::18]:554", play("nobody"))
     assert over_ipv6 is not None and over_ipv6.claim is None
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_behind_a_trusted_proxy_a_session_belongs_to_the_client_that_the_header_names(
+    plan: Decider, version: int
+) -> None:
+    """Also where client and proxy are of different families: the source is the client's, the target's the proxy's."""
+    endpoint = "203.0.113.19:554" if version == 4 else "[2001:db8::19]:554"
+
+    def decide(session: str, client: str) -> Decision:
+        family = 6 if ":" in client else 4
+        decision = plan.first(endpoint, f"PROXY TCP{family} {client} {client} 5555 554\r\n".encode() + play(session))
+        assert decision is not None
+        return decision
+
+    target = "10.64.0.2:554" if version == 4 else "[fd00:64::2]:554"
+    steered = decide("own", "192.0.2.9")
+    assert (steered.reason, plan.target(steered), steered.claim) == (Reason.SESSION, target, None)
+    assert decide("own", "192.0.2.10").reason is decide("the-proxy's", "192.0.2.9").reason is Reason.SESSION_REFUSED
+    for client in ("192.0.2.9", "2001:db8:2::9"):
+        first = decide("nobody", client)
+        assert (first.reason, plan.target(first)) == (Reason.SESSION, target)
+        assert first.claim is not None and first.claim.source == ipaddress.ip_address(client).packed
 
 
 @pytest.mark.parametrize(

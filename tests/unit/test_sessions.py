@@ -23,9 +23,13 @@ def session(source: bytes = b"", *, usable: bool = True, ipv4: int = IPV4, ipv6:
 
 
 def ruling(
-    rule: OnNewSource, known: Session | None, source: bytes = OWN4, keys: Keys | None = None
+    rule: OnNewSource,
+    known: Session | None,
+    source: bytes = OWN4,
+    keys: Keys | None = None,
+    version: int | None = None,
 ) -> tuple[Ruling | None, list[tuple[str, str]]]:
-    """The ruling, and what was looked up for it."""
+    """The ruling, and what was looked up for it. `version` is the source's unless a proxy stands between."""
     asked = []
 
     def find(service: str, session_id: str) -> Session | None:
@@ -33,7 +37,8 @@ def ruling(
         return known
 
     plan = SessionsPlan(KEY, rule)
-    return judge(plan, "tv", {KEY: "d1", "http.host": "a"} if keys is None else keys, source, find), asked
+    found = {KEY: "d1", "http.host": "a"} if keys is None else keys
+    return judge(plan, "tv", found, source, version or (4 if len(source) == 4 else 6), find), asked
 
 
 def claim(source: bytes, *, exclusive: bool) -> Claim:
@@ -62,6 +67,14 @@ def test_what_becomes_of_a_client(rule: OnNewSource, of_session: bytes, expected
 def test_each_family_has_its_target(rule: OnNewSource) -> None:
     assert ruling(rule, session(OWN6), OWN6)[0] == Ruling(False, IPV6)
     assert ruling(rule, session(OWN4), OWN4)[0] == Ruling(False, IPV4)
+
+
+@pytest.mark.parametrize("rule", ["move", "deny"])
+def test_behind_a_proxy_the_target_is_of_the_packets_family_and_the_source_the_clients(rule: OnNewSource) -> None:
+    for version, target, source in ((4, IPV4, OWN6), (6, IPV6, OWN4)):
+        assert ruling(rule, session(source), source, version=version)[0] == Ruling(False, target)
+        claimed = Ruling(False, target, claim(source, exclusive=rule == "deny"))
+        assert ruling(rule, session(), source, version=version)[0] == claimed
 
 
 @pytest.mark.parametrize("rule", ["allow", "move", "deny"])
