@@ -1,24 +1,30 @@
-"""`dns`: the first query of a DNS connection over TCP (RFC 1035 section 4.2.2, RFC 7766).
+r"""`dns`: a DNS query in a UDP datagram (RFC 1035 section 4.2.1), or the first one of a connection over TCP (section
+4.2.2, RFC 7766).
 
 Keys, text in latin-1:
 - `dns.qname`: the name asked for, lower-case (ASCII letters, RFC 4343) and without the trailing dot; the root is ".". A
-  dot or a backslash within a label has a backslash before it, as in master files (RFC 1035 section 5.1), so that two
-  names never look the same;
+  dot within a label is `\046` and a backslash `\\`, as master files may have it (RFC 1035 section 5.1), so that two
+  names never look the same, and `*.shop.example` is never found in the middle of a label;
 - `dns.qtype`: the type by its usual name, `A`, `AAAA`, `HTTPS`, or `TYPE65280` for one without (RFC 3597 section 5).
 
-NEED_MORE until the question is complete (what follows it, such as EDNS, is not looked at), but NOT_MINE as soon as the
-bytes cannot be a standard query (not a response, OPCODE 0, one question, no answers) behind its length. Malformed,
+Over TCP, NEED_MORE until the question is complete (what follows it, such as EDNS, is not looked at), but NOT_MINE as
+soon as the bytes cannot be a standard query (not a response, OPCODE 0, one question, no answers) behind its length.
+A datagram is a whole message without a length before it; one that ends too early is NOT_MINE. Malformed,
 hence NOT_MINE: a message that ends within its question, a name of more than 255 bytes, and a compression pointer or
 another label type in the question, where nothing is that a pointer could point to.
 
 Not covered: the class (nearly always IN), later queries of the connection, which go where the first went (RFC 7766
-lets clients send many at once), updates and notifications, and DNS over TLS or HTTPS.
+lets clients send many at once), updates and notifications, and DNS over TLS, HTTPS or QUIC. Over UDP every datagram is
+a question of its own: a forwarder asks for many names from one port, so the first one of a flow says nothing about the
+others.
 """
 
 from __future__ import annotations
 
+import re
+
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Parser, always
+from steerd.wire.parser import DatagramParser, Parser, always, always_first
 
 _LENGTH = 2
 _HEADER = 12
@@ -30,6 +36,7 @@ BOUND = _LENGTH + _HEADER + _MAX_NAME + _TYPE_AND_CLASS
 
 _SHORTEST_MESSAGE = _HEADER + 1 + _TYPE_AND_CLASS
 _QR_AND_OPCODE = 0xF8
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _ONE_QUESTION_NO_ANSWER = b"\x00\x01\x00\x00"
 
 TYPES = {
@@ -94,6 +101,12 @@ def question(message: bytes) -> Keys | None:
     return answer if isinstance(answer, dict) else None
 
 
+def name(text: str) -> str:
+    r"""A name's dots and backslashes as this parser gives them, from how people write them: `a\.b.example`, two
+    labels, is `a\046b.example`."""
+    return _ESCAPED.sub(lambda escaped: r"\046" if escaped[1] == "." else escaped[0], text)
+
+
 def type_name(text: str) -> str:
     """A type as this parser gives it, from how people write it: `aaaa` is `AAAA`, so are `TYPE28` and `28`."""
     name = text.upper()
@@ -128,7 +141,7 @@ def _read(message: bytes) -> Keys | Answer:
     rest = message[start + 1 : start + 1 + _TYPE_AND_CLASS]
     if len(rest) < _TYPE_AND_CLASS:
         return Answer.NEED_MORE
-    name = b".".join(label.replace(b"\\", rb"\\").replace(b".", rb"\.") for label in labels).lower()
+    name = b".".join(label.replace(b"\\", rb"\\").replace(b".", rb"\046") for label in labels).lower()
     return {"dns.qname": name.decode("latin-1") or ".", "dns.qtype": _type_name(int.from_bytes(rest[:2]))}
 
 
@@ -138,4 +151,11 @@ PARSER = Parser(
     bound=BOUND,
     make=always(inspect),
     summary="DNS over TCP: name and type of the first query",
+)
+DATAGRAMS = DatagramParser(
+    name="dns",
+    keys=PARSER.keys,
+    datagrams=1,
+    make=always_first(question),
+    summary="DNS over UDP: name and type of a query",
 )

@@ -9,20 +9,27 @@ A parser is asked with all bytes a client has sent so far, from the first one on
 It never raises, keeps no state between calls, and never changes its mind: keys or NOT_MINE once given for some bytes
 are given for every continuation of them. So the result cannot depend on how the bytes were cut into segments. Once it
 has seen `bound` bytes it no longer says NEED_MORE.
+
+That is a `Parser`, for a stream (TCP). A `DatagramParser` (UDP) is asked with all datagrams of a flow so far, at least
+one, each whole and in the order in which they came, and promises the same with "datagrams" in the place of "bytes".
+Most protocols say everything in the first one (`first`), and one that ends too early is malformed; where a hello may be
+spread over several (DTLS, QUIC), NEED_MORE asks for the next one. A file has a PARSER, or DATAGRAMS, or both, which
+says what a protocol can be inspected over (`registry.transports`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from steerd.model import Answer, Keys
 
 Inspect = Callable[[bytes], Keys | Answer]
+InspectDatagrams = Callable[[Sequence[bytes]], Keys | Answer]
 
 
 class Parser(NamedTuple):
-    """One protocol that a service may name in `inspect`."""
+    """One protocol over TCP that a service may name in `inspect`."""
 
     name: str
     keys: tuple[str, ...]
@@ -43,6 +50,23 @@ class Parser(NamedTuple):
         return any(covers(known, key) for known in self.keys)
 
 
+class DatagramParser(NamedTuple):
+    """One protocol over UDP that a service may name in `inspect`. Fields as those of Parser; the protocol's form over
+    TCP, if there is one, has the same name and the same keys."""
+
+    name: str
+    keys: tuple[str, ...]
+    datagrams: int
+    """Datagrams of a flow after which it has made up its mind; with 1 it never says NEED_MORE."""
+    make: Callable[[tuple[str, ...]], InspectDatagrams]
+    summary: str
+    exclusive: bool = True
+
+    def gives(self, key: str) -> bool:
+        """Whether a key is one of this parser's."""
+        return any(covers(known, key) for known in self.keys)
+
+
 def covers(known: str, key: str) -> bool:
     """Whether `known`, a key or a family such as `http.header.*`, is or contains a key."""
     return key == known or (known.endswith(".*") and len(key) >= len(known) and key.startswith(known[:-1]))
@@ -51,3 +75,19 @@ def covers(known: str, key: str) -> bool:
 def always(inspect: Inspect) -> Callable[[tuple[str, ...]], Inspect]:
     """For `Parser.make`: the same function, whatever a service's routes look for."""
     return lambda _patterns: inspect
+
+
+def first(read: Callable[[bytes], Keys | None]) -> InspectDatagrams:
+    """The inspecting function of a protocol whose first datagram says everything: `read` gives the keys of one whole
+    datagram (perhaps an empty one), None for what is not of the protocol."""
+
+    def inspect(datagrams: Sequence[bytes]) -> Keys | Answer:
+        keys = read(datagrams[0])
+        return Answer.NOT_MINE if keys is None else keys
+
+    return inspect
+
+
+def always_first(read: Callable[[bytes], Keys | None]) -> Callable[[tuple[str, ...]], InspectDatagrams]:
+    """For `DatagramParser.make`: `first(read)`, whatever a service's routes look for."""
+    return lambda _patterns: first(read)

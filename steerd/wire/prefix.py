@@ -6,7 +6,8 @@ therefore waits for a third byte after "AB": a client that says "AB" and then wa
 service's own timeout, not here.
 
 A route's `prefix = "ab*"` is compared with that key like every other: whenever a shorter pattern matches the data, it
-also matches the longest one that does. No RFC; bytes are text in latin-1, one byte one character.
+also matches the longest one that does. A datagram is whole: no longer pattern could match it later. No RFC; bytes are
+text in latin-1, one byte one character.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import DatagramParser, Inspect, InspectDatagrams, Parser, first
 
 BOUND = 1024
 """The longest pattern. What tells protocols apart begins earlier, and the first segment usually holds it whole."""
@@ -23,7 +24,7 @@ BOUND = 1024
 def prefix_parser(patterns: Collection[str]) -> Inspect:
     """An inspecting function for one service's patterns. Raises ValueError for a pattern that is longer than BOUND or
     has a character that is not one byte (above U+00FF)."""
-    by_length = sorted({_as_bytes(pattern) for pattern in patterns}, key=len, reverse=True)
+    by_length = _longest_first(patterns)
 
     def inspect(data: bytes) -> Keys | Answer:
         for pattern in by_length:
@@ -34,6 +35,23 @@ def prefix_parser(patterns: Collection[str]) -> Inspect:
         return Answer.NOT_MINE
 
     return inspect
+
+
+def datagram_prefix_parser(patterns: Collection[str]) -> InspectDatagrams:
+    """The same for the first datagram of a flow."""
+    by_length = _longest_first(patterns)
+
+    def read(datagram: bytes) -> Keys | None:
+        for pattern in by_length:
+            if datagram.startswith(pattern):
+                return {"prefix": pattern.decode("latin-1")}
+        return None
+
+    return first(read)
+
+
+def _longest_first(patterns: Collection[str]) -> list[bytes]:
+    return sorted({_as_bytes(pattern) for pattern in patterns}, key=len, reverse=True)
 
 
 def _as_bytes(pattern: str) -> bytes:
@@ -54,5 +72,13 @@ PARSER = Parser(
     bound=BOUND,
     make=prefix_parser,
     summary="the first bytes of the payload, compared with the patterns of the service's routes",
+    exclusive=False,
+)
+DATAGRAMS = DatagramParser(
+    name="prefix",
+    keys=PARSER.keys,
+    datagrams=1,
+    make=datagram_prefix_parser,
+    summary="the first bytes of a flow's first datagram, compared with the patterns of the service's routes",
     exclusive=False,
 )

@@ -16,7 +16,8 @@ window. A pattern is out as soon as its possible matches all sort before or behi
 that begin with something definite, `SSH-2`, `[0-9]+ `), else with the whole window. The answer is given when the first
 pattern that is not out has matched: NEED_MORE until then, NOT_MINE when all are out. A binary protocol with messages
 shorter than the window is therefore decided in time if its patterns begin with something definite and do not look at
-what comes next; where they do not, the service's own timeout decides.
+what comes next; where they do not, the service's own timeout decides. Of a flow over UDP, the first datagram is
+looked at, and the window is whole with its end.
 
 Patterns have the syntax of RE2 (github.com/google/re2/wiki/Syntax): no look-around and no back-references, and in
 return no backtracking. The time for a window grows with the length of the pattern, not with what the client makes of
@@ -33,7 +34,7 @@ from typing import NamedTuple, Protocol
 import re2
 
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import DatagramParser, Inspect, InspectDatagrams, Parser, first
 
 BOUND = 256
 """The longest window."""
@@ -80,7 +81,7 @@ class _Pattern(NamedTuple):
 def regex_parser(patterns: Collection[str]) -> Inspect:
     """An inspecting function for one service's patterns. Raises ValueError for a pattern that RE2 does not take, is too
     large, or has a character that is not one byte (above U+00FF)."""
-    in_order = [_compile(text) for text in sorted(set(patterns), key=lambda text: (-len(text), text))]
+    in_order = _in_order(patterns)
 
     def inspect(data: bytes) -> Keys | Answer:
         window, whole = _window(data)
@@ -92,6 +93,24 @@ def regex_parser(patterns: Collection[str]) -> Inspect:
         return Answer.NOT_MINE
 
     return inspect
+
+
+def datagram_regex_parser(patterns: Collection[str]) -> InspectDatagrams:
+    """The same for the first datagram of a flow."""
+    in_order = _in_order(patterns)
+
+    def read(datagram: bytes) -> Keys | None:
+        window, _ = _window(datagram)
+        for pattern in in_order:
+            if pattern.final.match(window) is not None:
+                return {"regex": pattern.text}
+        return None
+
+    return first(read)
+
+
+def _in_order(patterns: Collection[str]) -> list[_Pattern]:
+    return [_compile(text) for text in sorted(set(patterns), key=lambda text: (-len(text), text))]
 
 
 def _window(data: bytes) -> tuple[bytes, bool]:
@@ -154,5 +173,13 @@ PARSER = Parser(
     bound=BOUND,
     make=regex_parser,
     summary="regular expressions (RE2) over the first line, or the first 256 bytes, of the payload",
+    exclusive=False,
+)
+DATAGRAMS = DatagramParser(
+    name="regex",
+    keys=PARSER.keys,
+    datagrams=1,
+    make=datagram_regex_parser,
+    summary="regular expressions (RE2) over the first line, or the first 256 bytes, of a flow's first datagram",
     exclusive=False,
 )

@@ -1,15 +1,17 @@
-"""Every payload parser by its name. A new one is a file that keeps the contract of `wire.parser`, and two lines here:
-its import and its place in the tuple. Tests sweep this registry, so that a new parser is held to the contract as well.
+"""Every payload parser by its name: REGISTRY for streams (TCP), DATAGRAMS for UDP; some protocols are in both. A new
+one is a file that keeps the contract of `wire.parser`, and two lines here: its import and its place in a tuple. Tests
+sweep both, so that a new parser is held to the contract as well.
 
 `port-extension`, the other word that `inspect` knows, is not here: it reads headers (`wire.portext`), not payload.
 """
 
 from __future__ import annotations
 
+from steerd.model import TCP, UDP
 from steerd.wire import dns, http, http2, minecraft, mqtt, postgres, prefix, proxy, rdp, regex, rtsp, sip, ssh, tls
-from steerd.wire.parser import Inspect, Parser
+from steerd.wire.parser import DatagramParser, Inspect, InspectDatagrams, Parser
 
-__all__ = ["REGISTRY", "Inspect", "Parser"]
+__all__ = ["DATAGRAMS", "REGISTRY", "DatagramParser", "Inspect", "InspectDatagrams", "Parser", "transports"]
 
 REGISTRY: dict[str, Parser] = {
     parser.name: parser
@@ -30,3 +32,18 @@ REGISTRY: dict[str, Parser] = {
         regex.PARSER,
     )
 }
+
+DATAGRAMS: dict[str, DatagramParser] = {
+    parser.name: parser
+    for parser in (
+        dns.DATAGRAMS,
+        sip.DATAGRAMS,
+        prefix.DATAGRAMS,
+        regex.DATAGRAMS,
+    )
+}
+
+
+def transports(name: str) -> tuple[int, ...]:
+    """What a parser of this name can read: model.TCP, model.UDP, both, or nothing where there is no such parser."""
+    return tuple(protocol for protocol, parsers in ((TCP, REGISTRY), (UDP, DATAGRAMS)) if name in parsers)

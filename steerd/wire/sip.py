@@ -1,4 +1,4 @@
-"""`sip`: the head of a connection's first SIP request over TCP (RFC 3261).
+"""`sip`: the head of a SIP request in a UDP datagram, or of a TCP connection's first one (RFC 3261).
 
 Keys, text in latin-1:
 - `sip.method`, as sent;
@@ -14,9 +14,11 @@ schemes sip or sips (`tel:`) gives no key, and neither does such a Request-URI.
 The head's form, and what is refused because two readers could see two different requests: `wire.lines`. Refused as
 well: more than one To, From or Call-ID, and a URI of the schemes sip or sips without a readable host.
 
+A datagram (section 18.1.1) holds a whole request: one whose head does not end in it is NOT_MINE, and so are the empty
+lines that keep a NAT's mapping alive (RFC 5626 section 3.5.1).
+
 Not covered: responses, later requests of the connection, bodies, Via and Route, folded fields and white space before
-the colon (both allowed by section 7.3.1), empty lines before the request (section 7.5). `message` is for one whole
-datagram.
+the colon (both allowed by section 7.3.1), empty lines before the request (section 7.5).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import re
 
 from steerd.model import Answer, Keys
 from steerd.wire.lines import BOUND, Head, Version, host_name, read_keys
-from steerd.wire.parser import Parser, always
+from steerd.wire.parser import DatagramParser, Parser, always, always_first
 
 _VERSION = Version(re.compile(rb"SIP/2\.0"), b"SIP/2.0")
 _ONCE = {"to": "to", "t": "to", "from": "from", "f": "from", "call-id": "call-id", "i": "call-id"}
@@ -98,4 +100,11 @@ PARSER = Parser(
     bound=BOUND,
     make=always(inspect),
     summary="SIP over TCP: host and user called, method, To, From and Call-ID of the first request",
+)
+DATAGRAMS = DatagramParser(
+    name="sip",
+    keys=PARSER.keys,
+    datagrams=1,
+    make=always_first(message),
+    summary="SIP over UDP: host and user called, method, To, From and Call-ID of a request",
 )

@@ -1,7 +1,7 @@
 """What every parser promises (`wire/parser.py`), swept over the registry, and what option reading promises.
 
-A parser that is added to the registry is tested here without a change; files in tests/vectors that begin with its name
-are mutated for it.
+A parser that is added to the registry is tested here without a change; files in tests/vectors (for datagrams: in
+tests/vectors/udp) that begin with its name are mutated for it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from steerd.model import Answer, Extension, Keys
 from steerd.wire import packet, portext
 from steerd.wire.portext import MALFORMED, Numbers
-from steerd.wire.registry import REGISTRY, Inspect, Parser
+from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Inspect, InspectDatagrams, Parser
+from tests.flows import flow, flows
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 PATTERNS = ("", "G", "GET /", "GET /api", "SSH-2.0-", "\x16\x03\x01", "\xff")
+PATTERN_SETS: tuple[tuple[str, ...], ...] = ((), PATTERNS[1:], PATTERNS)
+"""What services' routes may compare a parser's keys with: nothing, or something."""
 FUZZED_PACKETS = 150_000
 
 parsers = pytest.mark.parametrize("parser", REGISTRY.values(), ids=REGISTRY.keys())
@@ -50,10 +53,10 @@ def inputs(parser: Parser) -> st.SearchStrategy[bytes]:
 
 def inspectors(parser: Parser) -> list[Inspect]:
     """The parser as services make it: without routes of its own, and with some."""
-    return [parser.make(()), parser.make(PATTERNS[1:]), parser.make(PATTERNS)]
+    return [parser.make(patterns) for patterns in PATTERN_SETS]
 
 
-def check_form(parser: Parser, answer: Keys | Answer) -> None:
+def check_form(parser: Parser | DatagramParser, answer: Keys | Answer) -> None:
     """An answer is one of the two words, or keys that the parser has announced, with text of single bytes."""
     if isinstance(answer, Answer):
         return
@@ -99,6 +102,72 @@ def test_the_bound_is_kept(parser: Parser) -> None:
             assert inspect(at_bound + behind) == answer
 
     check()
+
+
+# Datagrams
+
+datagram_parsers = pytest.mark.parametrize("parser", DATAGRAMS.values(), ids=DATAGRAMS.keys())
+
+
+def example_flows(parser: DatagramParser) -> list[list[bytes]]:
+    """Real beginnings of flows."""
+    read = [flow(name) for name in flows(parser.name)]
+    return read or [[pattern.encode("latin-1") + b"more"] for pattern in PATTERNS]
+
+
+def flows_of(parser: DatagramParser) -> st.SearchStrategy[list[bytes]]:
+    """Datagrams of real flows, some of them mutated or cut short, in any order and any number, others among them."""
+    originals = [datagram for datagrams in example_flows(parser) for datagram in datagrams]
+    datagram = st.binary(max_size=100) | st.sampled_from(originals) | mutated(originals) | cut(originals)
+    return st.lists(datagram, min_size=1, max_size=6) | st.permutations([*originals[:8], b""])
+
+
+@st.composite
+def cut(draw: st.DrawFn, originals: list[bytes]) -> bytes:
+    data = draw(st.sampled_from(originals))
+    return data[: draw(st.integers(0, len(data)))]
+
+
+def datagram_inspectors(parser: DatagramParser) -> list[InspectDatagrams]:
+    return [parser.make(patterns) for patterns in PATTERN_SETS]
+
+
+@datagram_parsers
+def test_an_answer_holds_for_every_continuation_of_the_flow(parser: DatagramParser) -> None:
+    @settings(max_examples=200, deadline=None)
+    @given(flows_of(parser))
+    def check(datagrams: list[bytes]) -> None:
+        for inspect in datagram_inspectors(parser):
+            final: Keys | Answer = Answer.NEED_MORE
+            for count in range(1, len(datagrams) + 1):
+                answer = inspect(datagrams[:count])
+                check_form(parser, answer)
+                assert final is Answer.NEED_MORE or answer == final, (count, final, answer)
+                final = answer
+
+    check()
+
+
+@datagram_parsers
+def test_the_bound_of_datagrams_is_kept(parser: DatagramParser) -> None:
+    """With `datagrams` of them there is an answer, whatever they are and however often one is there."""
+
+    @settings(max_examples=100, deadline=None)
+    @given(flows_of(parser))
+    def check(datagrams: list[bytes]) -> None:
+        at_bound = (datagrams * parser.datagrams)[: parser.datagrams]
+        for inspect in datagram_inspectors(parser):
+            answer = inspect(at_bound)
+            assert answer is not Answer.NEED_MORE
+            assert inspect(at_bound + datagrams) == answer
+
+    check()
+
+
+@datagram_parsers
+def test_real_flows_are_understood(parser: DatagramParser) -> None:
+    inspect = datagram_inspectors(parser)[-1]
+    assert all(isinstance(inspect(datagrams), dict) for datagrams in example_flows(parser))
 
 
 # Option reading

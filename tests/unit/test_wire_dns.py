@@ -1,4 +1,5 @@
-"""The `dns` parser: queries of dig (also as scapy reads them), names of every kind, and what is refused."""
+"""The `dns` parser: queries of dig (also as scapy reads them) over both transports, names of every kind, suffix routes,
+and what is refused."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 from scapy.layers.dns import DNS
 
-from steerd.model import Answer, Keys
-from steerd.wire.dns import BOUND, TYPES, inspect, question, type_name
+from steerd.core.router import compile_routes, lookup
+from steerd.model import Answer, Condition, Keys, Match, Route
+from steerd.wire.dns import BOUND, DATAGRAMS, PARSER, TYPES, inspect, question, type_name
+from steerd.wire.dns import name as spelled
+from tests.flows import flow, only
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 REAL = sorted(VECTORS.glob("dns-*.bin"))
@@ -38,7 +42,7 @@ def over_tcp(content: bytes) -> bytes:
     [
         ("aaaa", "shop.example", "AAAA"),
         ("root", ".", "NS"),
-        ("https-noedns", r"a\.b.example", "HTTPS"),
+        ("https-noedns", r"a\046b.example", "HTTPS"),
         ("ixfr", "zone.example", "IXFR"),
     ],
 )
@@ -64,7 +68,7 @@ def test_scapy_reads_the_same(file: Path) -> None:
     found = inspect(file.read_bytes())
     assert isinstance(found, dict)
     # scapy shows a dot within a label as it is.
-    assert found["dns.qname"].replace("\\.", ".").rstrip(".") == asked.qname.decode().lower().rstrip(".")
+    assert found["dns.qname"].replace(r"\046", ".").rstrip(".") == asked.qname.decode().lower().rstrip(".")
     assert {name: number for number, name in TYPES.items()}[found["dns.qtype"]] == asked.qtype
 
 
@@ -73,7 +77,7 @@ def test_scapy_reads_the_same(file: Path) -> None:
     [
         ((), "."),
         ((b"EXAMPLE",), "example"),
-        ((b"a.b", b"c"), r"a\.b.c"),
+        ((b"a.b", b"c"), r"a\046b.c"),
         ((b"a\\", b"c"), r"a\\.c"),
         ((b"*", b"example"), "*.example"),
         ((b"_dmarc", b"\xc0\xff"), "_dmarc.\xc0\xff"),
@@ -108,6 +112,20 @@ def test_types(number: int, text: str) -> None:
 )
 def test_type_name(written: str, text: str) -> None:
     assert type_name(written) == text
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (r"a\.b.example", r"a\046b.example"),
+        (r"a\\.b.example", r"a\\.b.example"),
+        (r"a\046b", r"a\046b"),
+        ("a.b", "a.b"),
+        ("a\\", "a\\"),
+    ],
+)
+def test_spelling_of_names(written: str, text: str) -> None:
+    assert spelled(written) == text
 
 
 @pytest.mark.parametrize(
@@ -168,3 +186,59 @@ def test_bound() -> None:
     assert len(data) == BOUND
     assert inspect(data) == longest
     assert inspect(data[:-1]) is Answer.NEED_MORE
+
+
+@pytest.mark.parametrize(
+    ("what", "qname", "qtype"),
+    [("aaaa", "shop.example", "AAAA"), ("root", ".", "NS"), ("https-noedns", r"a\046b.example", "HTTPS")],
+)
+def test_dig_over_udp(what: str, qname: str, qtype: str) -> None:
+    assert DATAGRAMS.make(())(flow(f"dns-dig-9.18.49-{what}")) == {"dns.qname": qname, "dns.qtype": qtype}
+
+
+def test_every_datagram_is_asked_alone() -> None:
+    """A forwarder's flow: what was asked first has no say in what is asked next."""
+    inspect_datagrams = DATAGRAMS.make(())
+    for asked in (b"a", b"b"):
+        assert inspect_datagrams([message(name(asked))]) == {"dns.qname": asked.decode(), "dns.qtype": "A"}
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        b"",
+        message(name(b"a"))[:-1],
+        message(name(b"a"), flags=0x8120),
+        message(name(b"a"), counts=(2, 0, 0, 0)),
+        message(b"\xc0\x0c"),
+        over_tcp(message(name(b"a"))),
+    ],
+    ids=["empty", "cut", "response", "two questions", "pointer", "with a length"],
+)
+def test_datagrams_that_are_no_query(datagram: bytes) -> None:
+    assert DATAGRAMS.make(())([datagram]) is Answer.NOT_MINE
+
+
+def test_routes_by_suffix() -> None:
+    """`*.example` is for every name below example, and not for example itself, as with host names."""
+    routes = [
+        Route("wide", (Condition("dns.qname", Match.SUFFIX, ".example"),), None, ()),
+        Route("narrow", (Condition("dns.qname", Match.SUFFIX, ".shop.example"),), None, ()),
+        Route("exact", (Condition("dns.qname", Match.EXACT, "shop.example"),), None, ()),
+    ]
+    compiled = compile_routes(0, routes, [PARSER.keys])
+    table = {key: routes[index].name.encode() for key, index in compiled.entries}
+
+    def route(datagram: bytes) -> bytes | None:
+        found = question(datagram)
+        assert found is not None
+        return lookup(0, compiled.probes, found, bytes(4), table.get)
+
+    assert route(only("dns-dig-9.18.49-aaaa")) == b"exact"
+    assert route(message(name(b"www", b"Shop", b"EXAMPLE"))) == b"narrow"
+    assert route(message(name(b"www", b"example"))) == b"wide"
+    assert route(message(name(b"example"))) is None
+    assert route(message(name(b"notexample"))) is None
+    # One label with a dot in it is no name below shop.example.
+    assert route(message(name(b"a.shop", b"example"))) == b"wide"
+    assert route(message(name(b"a.shop.example"))) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from steerd.model import Answer
-from steerd.wire.prefix import BOUND, prefix_parser
+from steerd.wire.prefix import BOUND, datagram_prefix_parser, prefix_parser
 
 
 def test_the_longest_pattern_wins() -> None:
@@ -40,3 +40,11 @@ def test_patterns_that_can_never_match_are_refused() -> None:
         prefix_parser(["\u20ac"])
     with pytest.raises(ValueError, match="at most 1024 bytes"):
         prefix_parser(["x" * (BOUND + 1)])
+
+
+def test_a_datagram_is_whole() -> None:
+    inspect = datagram_prefix_parser(["A", "ABC", "\xff"])
+    assert inspect([b"AB"]) == inspect([b"AB", b"ABC"]) == {"prefix": "A"}
+    assert inspect([b"ABCD"]) == {"prefix": "ABC"}
+    assert inspect([b"\xff\x00"]) == {"prefix": "\xff"}
+    assert inspect([b""]) is inspect([b"B", b"A"]) is Answer.NOT_MINE

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from steerd.model import Answer, Keys
-from steerd.wire.regex import BOUND, MAX_SIZE, regex_parser
+from steerd.wire.regex import BOUND, MAX_SIZE, datagram_regex_parser, regex_parser
 
 
 def test_the_longest_pattern_that_matches_wins() -> None:
@@ -158,3 +158,10 @@ def test_a_backtracking_engine_would_be_held_up() -> None:
     hostile = b"a" * 23 + b"!"
     python = re.compile(rb"(a+)+$")
     assert seconds(python.match, hostile) > 10 * seconds(regex_parser(["(a+)+$"]), hostile * 10)
+
+
+def test_a_datagram_is_whole() -> None:
+    inspect = datagram_regex_parser(["A$", "AB.*", "x" * 10])
+    assert inspect([b"A"]) == inspect([b"A\n"]) == inspect([b"A\nB", b"ABC"]) == {"regex": "A$"}
+    assert inspect([b"ABC"]) == {"regex": "AB.*"}
+    assert inspect([b"x" * 9]) is inspect([b""]) is Answer.NOT_MINE

@@ -1,13 +1,15 @@
-"""The registry: names and key families."""
+"""The registry: names, key families and transports."""
 
 from __future__ import annotations
 
-from steerd.wire.registry import REGISTRY
+from steerd.model import TCP, UDP
+from steerd.wire.registry import DATAGRAMS, REGISTRY, transports
 
 
 def test_names() -> None:
     assert {"http", "prefix"} <= REGISTRY.keys()
     assert all(name == parser.name for name, parser in REGISTRY.items())
+    assert all(name == parser.name for name, parser in DATAGRAMS.items())
 
 
 def test_every_key_belongs_to_one_parser() -> None:
@@ -18,6 +20,22 @@ def test_every_key_belongs_to_one_parser() -> None:
     for key in keys:
         example = key.replace("*", "x")
         assert [parser.name for parser in REGISTRY.values() if parser.gives(example)] != []
+
+
+def test_keys_do_not_depend_on_the_transport() -> None:
+    both = REGISTRY.keys() & DATAGRAMS.keys()
+    assert {"dns", "sip", "prefix", "regex"} <= both
+    for name in both:
+        assert DATAGRAMS[name].keys == REGISTRY[name].keys
+        assert DATAGRAMS[name].exclusive == REGISTRY[name].exclusive
+    datagrams_only = [key for name in DATAGRAMS.keys() - both for key in DATAGRAMS[name].keys]
+    assert not any(parser.gives(key.replace("*", "x")) for key in datagrams_only for parser in REGISTRY.values())
+
+
+def test_transports() -> None:
+    assert transports("http") == (TCP,)
+    assert transports("dns") == (TCP, UDP)
+    assert transports("port-extension") == ()
 
 
 def test_gives() -> None:

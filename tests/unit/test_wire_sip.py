@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from steerd.model import Answer, Keys
-from steerd.wire.sip import inspect, message
+from steerd.wire.sip import DATAGRAMS, inspect, message
+from tests.flows import flow, only
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 
@@ -130,3 +131,19 @@ def test_long_addresses_take_no_time(field: str) -> None:
     started = time.process_time()
     assert inspect(request("BYE sip:a@b SIP/2.0", f"To: {field}")) is not Answer.NEED_MORE
     assert time.process_time() - started < 0.1
+
+
+def test_sipsak_over_udp() -> None:
+    inspect_datagrams = DATAGRAMS.make(())
+    options = inspect_datagrams(flow("sip-sipsak-0.9.8.1-options"))
+    assert isinstance(options, dict)
+    assert (options["sip.method"], options["sip.host"], options["sip.user"]) == ("OPTIONS", "registrar.example", "bob")
+    register = inspect_datagrams(flow("sip-sipsak-0.9.8.1-register"))
+    assert isinstance(register, dict)
+    assert (register["sip.method"], register["sip.to"]) == ("REGISTER", "alice@registrar.example")
+
+
+def test_datagrams_without_a_whole_head() -> None:
+    inspect_datagrams = DATAGRAMS.make(())
+    for datagram in (b"", b"\r\n\r\n", b"\x00\x00\x00\x00", only("sip-sipsak-0.9.8.1-options")[:-3]):
+        assert inspect_datagrams([datagram]) is Answer.NOT_MINE
