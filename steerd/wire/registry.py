@@ -8,7 +8,23 @@ sweep both, so that a new parser is held to the contract as well.
 from __future__ import annotations
 
 from steerd.model import TCP, UDP
-from steerd.wire import dns, http, http2, minecraft, mqtt, postgres, prefix, proxy, rdp, regex, rtsp, sip, ssh, tls
+from steerd.wire import (
+    dns,
+    http,
+    http2,
+    minecraft,
+    mqtt,
+    postgres,
+    prefix,
+    proxy,
+    rdp,
+    regex,
+    rtsp,
+    sip,
+    ssh,
+    tls,
+    wireguard,
+)
 from steerd.wire.parser import DatagramParser, Inspect, InspectDatagrams, Parser
 
 __all__ = ["DATAGRAMS", "REGISTRY", "DatagramParser", "Inspect", "InspectDatagrams", "Parser", "transports"]
@@ -38,6 +54,7 @@ DATAGRAMS: dict[str, DatagramParser] = {
     for parser in (
         dns.DATAGRAMS,
         sip.DATAGRAMS,
+        wireguard.DATAGRAMS,
         prefix.DATAGRAMS,
         regex.DATAGRAMS,
     )
