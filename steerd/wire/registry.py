@@ -22,6 +22,7 @@ from steerd.wire import (
     rtsp,
     sip,
     ssh,
+    stun,
     tls,
     wireguard,
 )
@@ -43,6 +44,7 @@ REGISTRY: dict[str, Parser] = {
         tls.PARSER,
         ssh.PARSER,
         dns.PARSER,
+        stun.PARSER,
         proxy.PARSER,
         prefix.PARSER,
         regex.PARSER,
@@ -54,6 +56,7 @@ DATAGRAMS: dict[str, DatagramParser] = {
     for parser in (
         dns.DATAGRAMS,
         sip.DATAGRAMS,
+        stun.DATAGRAMS,
         wireguard.DATAGRAMS,
         prefix.DATAGRAMS,
         regex.DATAGRAMS,
