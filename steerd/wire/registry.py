@@ -14,6 +14,7 @@ from steerd.wire import (
     http2,
     minecraft,
     mqtt,
+    openvpn,
     postgres,
     prefix,
     proxy,
@@ -28,7 +29,16 @@ from steerd.wire import (
 )
 from steerd.wire.parser import DatagramParser, Inspect, InspectDatagrams, Parser
 
-__all__ = ["DATAGRAMS", "REGISTRY", "DatagramParser", "Inspect", "InspectDatagrams", "Parser", "transports"]
+__all__ = [
+    "DATAGRAMS",
+    "PARSER_NAMES",
+    "REGISTRY",
+    "DatagramParser",
+    "Inspect",
+    "InspectDatagrams",
+    "Parser",
+    "transports",
+]
 
 REGISTRY: dict[str, Parser] = {
     parser.name: parser
@@ -45,6 +55,7 @@ REGISTRY: dict[str, Parser] = {
         ssh.PARSER,
         dns.PARSER,
         stun.PARSER,
+        openvpn.PARSER,
         proxy.PARSER,
         prefix.PARSER,
         regex.PARSER,
@@ -58,10 +69,15 @@ DATAGRAMS: dict[str, DatagramParser] = {
         sip.DATAGRAMS,
         stun.DATAGRAMS,
         wireguard.DATAGRAMS,
+        openvpn.DATAGRAMS,
         prefix.DATAGRAMS,
         regex.DATAGRAMS,
     )
 }
+
+
+PARSER_NAMES = tuple(dict.fromkeys((*REGISTRY, *DATAGRAMS)))
+"""Of all parsers, each once."""
 
 
 def transports(name: str) -> tuple[int, ...]:
