@@ -13,14 +13,15 @@ packages=(
 )
 
 if [ "${1:-}" = programs ]; then
-	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client)
+	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client haproxy)
+	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak)
 fi
 
 as_root() {
 	if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-services=(nginx.service ssh.service ssh.socket postgresql.service)
+services=(nginx.service ssh.service ssh.socket postgresql.service haproxy.service mosquitto.service kamailio.service)
 enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
 
 missing=()

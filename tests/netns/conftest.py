@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests.netns.lab import Host, leaked
 
 
+@contextmanager
+def hosts() -> Iterator[Callable[[str], Host]]:
+    """Makes namespaces and removes them at the end of the block; one that is left over then is an error."""
+    made: list[Host] = []
+
+    def make(role: str) -> Host:
+        made.append(Host(role))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for host in reversed(made):
+            host.close()
+    assert leaked() == []
+
+
 @pytest.fixture
 def new_host() -> Iterator[Callable[[str], Host]]:
     """Makes namespaces for one test and removes them; a namespace left over fails the test."""
-    hosts: list[Host] = []
-
-    def make(role: str) -> Host:
-        hosts.append(Host(role))
-        return hosts[-1]
-
-    yield make
-    for host in reversed(hosts):
-        host.close()
-    assert leaked() == []
+    with hosts() as make:
+        yield make

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.netns.gateway import CLIENT4, CLIENT6, SLOWER, Gateway
-from tests.netns.lab import sh
+from tests.netns.lab import Host, sh
 
 POOL = """
 [pools.daemons]
@@ -69,10 +69,12 @@ def socket_name(version: int, number: int, port: int) -> str:
     return f"{alias(4, number)}:{port}" if version == 4 else f"[{alias(6, number)}]:{port}"
 
 
-def _await_listening(lab: Gateway, process: subprocess.Popen[str], *sockets: str) -> None:
+def await_listening(lab: Gateway, process: subprocess.Popen[str], *sockets: str, host: Host | None = None) -> None:
+    """Wait until a process (on the gateway, if not on another host) listens on these TCP sockets, as ss writes them."""
+
     def listening() -> bool:
         assert process.poll() is None, f"{process.args!r} has ended with {process.returncode}"
-        lines = lab.host.sh("ss -Htlnp").splitlines()
+        lines = (host or lab.host).sh("ss -Htlnp").splitlines()
         return set(sockets) <= {line.split()[3] for line in lines if f"pid={process.pid}," in line}
 
     lab.wait(listening, f"{process.args!r} listens on {sockets}")
@@ -89,8 +91,11 @@ def certificate(lab: Gateway, *names: str) -> None:
         )
 
 
-def nginx(lab: Gateway, name: str, number: int, port: int, *, how: str = "") -> subprocess.Popen[str]:
-    """An nginx that answers every request with its `answer` line. `how`: "ssl" (with NAME.pem), "http2" or nothing."""
+def nginx(
+    lab: Gateway, name: str, number: int, port: int, *, how: str = "", client: str = "$remote_addr"
+) -> subprocess.Popen[str]:
+    """An nginx that answers every request with its `answer` line. `how`: "ssl" (with NAME.pem), "http2",
+    "proxy_protocol" or nothing; `client`: its variables for whom it sees."""
     prefix = lab.directory / f"nginx-{name}-{number}-{port}"
     prefix.mkdir()
     secret = f"ssl_certificate {lab.directory}/{name}.pem; ssl_certificate_key {lab.directory}/{name}.pem;"
@@ -109,13 +114,13 @@ def nginx(lab: Gateway, name: str, number: int, port: int, *, how: str = "") -> 
                 listen {socket_name(6, number, port)} {how};
                 {secret if "ssl" in how else ""}
                 default_type text/plain;
-                location / {{ return 200 "{name} $server_addr $server_port $remote_addr\\n"; }}
+                location / {{ return 200 "{name} $server_addr $server_port {client}\\n"; }}
             }}
         }}
         """
     )
     process = lab.spawn(lab.host, "nginx", "-p", f"{prefix}", "-e", "stderr", "-c", "nginx.conf")
-    _await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
+    await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
     return process
 
 
@@ -125,7 +130,7 @@ def s_server(lab: Gateway, name: str, version: int, number: int, port: int) -> s
     process = lab.spawn(
         lab.host, "openssl", "s_server", "-accept", address, "-cert", f"{lab.directory}/{name}.pem", "-rev", "-quiet"
     )
-    _await_listening(lab, process, address)
+    await_listening(lab, process, address)
     return process
 
 
@@ -157,7 +162,7 @@ def sshd(lab: Gateway, name: str, number: int, port: int) -> subprocess.Popen[st
         f"mount -t tmpfs tmpfs /run; mkdir /run/sshd; mount --bind {directory}/shadow /etc/shadow;"
         f" exec /usr/sbin/sshd -D -e -f {directory}/config",
     )  # fmt: skip
-    _await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
+    await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
     return process
 
 
@@ -187,7 +192,7 @@ def postgres(lab: Gateway, name: str, number: int, port: int) -> Iterator[None]:
             lab.host, "setpriv", "--reuid", "postgres", "--regid", "postgres", "--clear-groups",
             f"{programs}/postgres", "-D", f"{data}", *(f"--{key}={value}" for key, value in settings.items()),
         )  # fmt: skip
-        _await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
+        await_listening(lab, process, socket_name(4, number, port), socket_name(6, number, port))
         create = f'-c \'create user "{name}"\' -c \'create database "{name}" owner "{name}"\''
         sh(f"psql -Xq -v ON_ERROR_STOP=1 -h {directory} -p {port} -U postgres {create}")
         yield
