@@ -10,6 +10,7 @@ from __future__ import annotations
 from steerd.model import TCP, UDP
 from steerd.wire import (
     dns,
+    dtls,
     http,
     http2,
     minecraft,
@@ -18,6 +19,7 @@ from steerd.wire import (
     postgres,
     prefix,
     proxy,
+    quic,
     rdp,
     regex,
     rtsp,
@@ -70,6 +72,8 @@ DATAGRAMS: dict[str, DatagramParser] = {
         stun.DATAGRAMS,
         wireguard.DATAGRAMS,
         openvpn.DATAGRAMS,
+        dtls.DATAGRAMS,
+        quic.DATAGRAMS,
         prefix.DATAGRAMS,
         regex.DATAGRAMS,
     )
