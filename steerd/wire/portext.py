@@ -5,11 +5,12 @@
     TCP option    kind 253 (RFC 4727, RFC 6994)                        length 8   ExID  dst  src
 
 ExID (0x5354, "ST") and both extensions are 16 bits each, in network order; the IPv6 length counts only those six bytes,
-the other two lengths count type and length as well. An extension of 0 means "not extended".
+the other two lengths count type and length as well. An extension of 0 means "not extended". A UDP datagram has no
+options of its own and is extended by those of its IP header.
 
 The rule. An option is *ours* if it has our type, its length has room for an ExID, and the ExID is there and is ours;
 every other option is somebody else's and is stepped over. Ours is *well-formed* if its length is exactly the one above
-and all of it is there. All three carriers of a packet are read: no option of ours is no extension, exactly one that is
+and all of it is there. All carriers of a packet are read: no option of ours is no extension, exactly one that is
 well-formed is the extension (unless both its fields are 0: no extension), anything else (a wrong length, cut short,
 more than one) is MALFORMED, which is to be counted and then treated like no extension.
 
@@ -17,7 +18,8 @@ Reading a header's options ends at an end-of-list option (IPv4, TCP) and at an o
 outside of the area: nothing behind it can be found with certainty. What was found before it stands.
 
 Contract: `find` never raises, whatever the packet holds. Not covered: options in an IPv6 hop-by-hop header, in IPv4
-headers quoted by ICMP (`find_in` reads an option area wherever it comes from), and in SCTP or DCCP.
+headers quoted by ICMP (`find_in` reads an option area wherever it comes from), in SCTP or DCCP, and in the options that
+RFC 9868 puts behind a UDP datagram's payload.
 """
 
 from __future__ import annotations

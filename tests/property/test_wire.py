@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerd.model import Answer, Extension, Keys
+from steerd.model import TCP, UDP, Answer, Extension, Keys
 from steerd.wire import packet, portext
 from steerd.wire.portext import MALFORMED, Numbers
 from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Inspect, InspectDatagrams, Parser
@@ -188,15 +188,20 @@ def tcp(options: bytes) -> bytes:
     return struct.pack("!HHIIBBHHH", 40000, 443, 1, 0, (20 + len(options)) // 4 << 4, packet.SYN, 65535, 0, 0) + options
 
 
-def ipv4(options: bytes, body: bytes) -> bytes:
+def udp(payload: bytes) -> bytes:
+    """A datagram."""
+    return struct.pack("!HHHH", 40000, 443, 8 + len(payload), 0) + payload
+
+
+def ipv4(options: bytes, body: bytes, protocol: int = TCP) -> bytes:
     header = 20 + len(options)
-    start = struct.pack("!BBHHHBBH", 0x40 | header // 4, 0, header + len(body), 0, 0, 64, 6, 0)
+    start = struct.pack("!BBHHHBBH", 0x40 | header // 4, 0, header + len(body), 0, 0, 64, protocol, 0)
     return start + bytes([198, 51, 100, 7, 203, 0, 113, 10]) + options + body
 
 
-def ipv6(extension_headers: list[tuple[int, bytes]], body: bytes) -> bytes:
+def ipv6(extension_headers: list[tuple[int, bytes]], body: bytes, protocol: int = TCP) -> bytes:
     """Extension headers as (their own type, their bytes); the first byte of each is set to what follows it."""
-    types = [number for number, _ in extension_headers] + [6]
+    types = [number for number, _ in extension_headers] + [protocol]
     headers = (header for _, header in extension_headers)
     chain = b"".join(bytes([following]) + header[1:] for following, header in zip(types[1:], headers, strict=True))
     return struct.pack("!IHBB", 6 << 28, len(chain) + len(body), types[0], 64) + bytes(32) + chain + body
@@ -220,6 +225,23 @@ def test_what_is_encoded_is_found(extension: Extension, known: Numbers) -> None:
     assert found_in(ipv6([], tcp(by_tcp)), known) == expected
     assert found_in(ipv4(by_ipv4, tcp(by_tcp)), known) is MALFORMED
     assert found_in(ipv6([(packet.DESTINATION_OPTIONS, header)] * 2, tcp(b"")), known) is MALFORMED
+
+
+@settings(max_examples=300, deadline=None)
+@given(extensions, numbers, st.binary(max_size=40))
+def test_what_is_encoded_is_found_in_datagrams(extension: Extension, known: Numbers, payload: bytes) -> None:
+    expected = None if extension == (0, 0) else extension
+    option, header = portext.encode_ipv4(extension, known), portext.encode_ipv6(extension, known)
+    for data in (ipv4(option, udp(payload), UDP), ipv6([(packet.DESTINATION_OPTIONS, header)], udp(payload), UDP)):
+        read = packet.parse(data)
+        assert read is not None
+        assert read.payload == payload
+        assert portext.find(read, known) == expected
+    assert found_in(ipv4(option + option, udp(payload), UDP), known) is MALFORMED
+    assert found_in(ipv6([(packet.DESTINATION_OPTIONS, header)] * 2, udp(payload), UDP), known) is MALFORMED
+    # What a payload holds is no option.
+    assert found_in(ipv4(b"", udp(option + payload), UDP), known) is None
+    assert found_in(ipv6([], udp(header + payload), UDP), known) is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -255,6 +277,8 @@ def fuzzed(count: int) -> Iterator[bytes]:
         ipv6([(60, destination)], tcp(usual)),
         ipv6([(0, bytes(8)), (60, destination), (43, bytes(8)), (44, bytes(8)), (60, destination)], tcp(usual)),
         ipv6([(60, destination)] * 9, tcp(b"")),
+        ipv4(portext.encode_ipv4(ours, known), udp(b"hello"), UDP),
+        ipv6([(60, destination)], udp(b"hello"), UDP),
     ]
     interesting = (0, 1, 2, 3, 4, 6, 8, 0x1E, 0x3C, 0x53, 0x54, 0x9E, 0xFD, 0xFF)
     for _ in range(count):

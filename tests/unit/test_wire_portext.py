@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from steerd.model import TCP, Extension
+from steerd.model import TCP, UDP, Extension
 from steerd.wire import portext
-from steerd.wire.packet import SYN, Packet
+from steerd.wire.packet import SYN, Packet, parse
 from steerd.wire.portext import MALFORMED, Malformed, Numbers
 
 NUMBERS = Numbers()
@@ -36,6 +36,26 @@ def test_each_carrier() -> None:
     assert find(ipv4=IPV4) == SEVEN
     assert find(ipv6=IPV6) == SEVEN
     assert find(tcp=TCP_OPTION) == SEVEN
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        "47000029 26ff4000 4011ba12 c6336407 cb00710a 9e085354000700099c401151 000d666468 656c6c6f",
+        "60074c01 001d3c40 20010db8000000000000000000000007 20010db8000000000000000000000010"
+        "11011e06 53540007 00090104 00000000 9c401151 000db2e7 68656c6c6f",
+    ],
+    ids=["IP_OPTIONS", "IPV6_DSTOPTS"],
+)
+def test_datagrams_of_a_linux_socket_with_our_option(built: str) -> None:
+    """As Linux 6.18 sent them, `encode_ipv4` and `encode_ipv6` being what setsockopt was given."""
+    datagram = parse(bytes.fromhex(built))
+    assert datagram is not None
+    assert (datagram.protocol, datagram.sport, datagram.dport, datagram.payload) == (UDP, 40000, 4433, b"hello")
+    found = portext.find(datagram, NUMBERS)
+    assert found == SEVEN
+    keys = portext.keys(SEVEN, datagram.dport)
+    assert keys == {"portext.dst": "7", "portext.src": "9", "portext.port": str(7 * 65536 + 4433)}
 
 
 def test_other_options_before_and_behind() -> None:
