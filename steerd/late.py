@@ -89,17 +89,20 @@ class Late:
     """All connections of one worker that are undecided, or were decided a moment ago.
 
     `settle` counts and logs a decision and sees to it that the kernel knows its target; it returns the decision that is
-    to be carried out. `after` is filled with what has to be done once the verdict is given.
+    to be carried out. `after` is filled with what has to be done once the verdict is given. `give` has the kernel do
+    all that was decided before: whoever asks the kernel about a connection calls it first.
     """
 
     def __init__(
         self,
         settle: Callable[[Packet, Decision], Decision],
+        give: Callable[[], None],
         slot: memoryview,
         nftables: Nftables,
     ) -> None:
         self.after: list[Callable[[], None]] = []
         self._settle = settle
+        self._give = give
         self._slot = slot
         self._nftables = nftables
         self._conntrack = Conntrack()
@@ -137,10 +140,12 @@ class Late:
         cut = _is_cut(packet, raw)
         verdict = DROP
         for action in self._pending.segment(packet, now, cut=cut):
-            if isinstance(action, ForwardRaw) and self._is_vanished(flow := _flow(packet)):
-                self._delete_entry(flow)
-                self._pending.forget(packet)
-                return self.judge(packet, raw)
+            if isinstance(action, ForwardRaw):
+                self._give()
+                if self._is_vanished(flow := _flow(packet)):
+                    self._delete_entry(flow)
+                    self._pending.forget(packet)
+                    return self.judge(packet, raw)
             verdict = self._carry_out(action, packet, raw, cut)
         return verdict
 
@@ -277,6 +282,7 @@ class Late:
     def _may_open_again(self, flow: Flow) -> bool:
         """Whether a connection that was decided before may be opened once more. If an old one was in the way, it no
         longer is; if the new one stands, a second one would carry the request out twice."""
+        self._give()
         if self._is_vanished(flow):
             self._delete_entry(flow)
             return True

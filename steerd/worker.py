@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -25,7 +26,7 @@ from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel import handshake
 from steerd.kernel.nftables import Nftables
-from steerd.kernel.queue import Queue, QueuedPacket
+from steerd.kernel.queue import Queue, QueuedPacket, Ruling
 from steerd.kernel.ruleset import target_elements
 from steerd.late import DROP, TICK_SECONDS, Late, Verdict
 from steerd.model import Outcome, Reason
@@ -37,6 +38,9 @@ READY = b"ready\n"
 _PR_SET_PDEATHSIG = 1
 _CONTROL = wire.SYN | wire.ACK
 _COLLECT_EVERY = 100_000
+# So many packets are decided in a row before their verdicts are given, if so many are there. More would let the first
+# one wait longer, and gain nothing.
+_BATCH = 16
 # Faults are logged once each; a client that can cause many different ones must not fill the disk.
 _MAX_FAULTS_LOGGED = 100
 # The queue's former owner, killed a moment ago, may still be on its way out.
@@ -71,7 +75,9 @@ class Worker:
         self._nftables = Nftables()
         self._faults: set[str] = set()
         self._until_logged = settings.access_log
-        self._late = Late(self._settle, self._slot, self._nftables)
+        self._rulings: list[Ruling] = []
+        self._tasks: list[Callable[[], None]] = []
+        self._late = Late(self._settle, self._give, self._slot, self._nftables)
         self._refresh()
         self._queue = self._bind()
         self._waiting = False
@@ -111,13 +117,17 @@ class Worker:
         gc.freeze()
         # Decisions make no cycles. What an exception leaves behind can wait.
         gc.set_threshold(_COLLECT_EVERY)
+        # Who is woken for each packet never finds two of them.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
             self._queue.run()
+            self._give()
             try:
                 self._late.expire(time.monotonic())
             except Exception as error:
                 self._on_fault(error)
-            self._follow_up()
+            self._carry_out(self._late.after)
+            self._watch_the_time()
 
     def _on_packet(self, queued: QueuedPacket) -> None:
         try:
@@ -126,29 +136,41 @@ class Worker:
             self._on_fault(error)
             self._late.after.clear()
             verdict = DROP
-        if verdict.id is None:
-            queued.drop()
-        else:
-            if verdict.payload is not None:
-                queued.set_payload(verdict.payload)
-            queued.set_mark(queued.get_mark() & self._clear | verdict.id << self._shift)
-            queued.accept()
-        self._follow_up()
-
-    def _follow_up(self) -> None:
-        """Do what had to wait for the verdict, and see to it that the time of those who wait is noticed."""
+        id_, payload = verdict
+        mark = None if id_ is None else queued.mark & self._clear | id_ << self._shift
+        self._rulings.append(Ruling(queued.id, mark, payload))
         if self._late.after:
-            for task in self._late.after:
-                try:
-                    task()
-                except PermissionError:  # dropped in output: by our table (counter undelivered), or by a firewall
-                    self._slot[Extra.NOT_SENT] += 1
-                except OSError as error:  # no memory, no route: this one is lost, and the client repeats
-                    self._slot[Extra.NOT_SENT] += 1
-                    self._log_once(f"a packet of the worker's own was not sent: {error}")
-                except Exception as error:
-                    self._on_fault(error)
+            self._tasks += self._late.after
             self._late.after.clear()
+        if len(self._rulings) >= _BATCH:
+            self._give()
+            self._watch_the_time()
+
+    def _give(self) -> None:
+        """Give the verdicts on what was decided so far, and do what had to wait for them."""
+        if self._rulings:
+            try:
+                self._queue.give(self._rulings)
+            except OSError as error:
+                self._on_fault(error)
+            self._rulings.clear()
+            self._carry_out(self._tasks)
+
+    def _carry_out(self, tasks: list[Callable[[], None]]) -> None:
+        for task in tasks:
+            try:
+                task()
+            except PermissionError:  # dropped in output: by our table (counter undelivered), or by a firewall
+                self._slot[Extra.NOT_SENT] += 1
+            except OSError as error:  # no memory, no route: this one is lost, and the client repeats
+                self._slot[Extra.NOT_SENT] += 1
+                self._log_once(f"a packet of the worker's own was not sent: {error}")
+            except Exception as error:
+                self._on_fault(error)
+        tasks.clear()
+
+    def _watch_the_time(self) -> None:
+        """See to it that the time of those who wait is noticed."""
         if self._waiting != bool(self._late):
             self._waiting = not self._waiting
             self._queue.wait_at_most(TICK_SECONDS if self._waiting else 0)

@@ -22,6 +22,8 @@ class Injector:
         self._ipv4.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
         self._ipv6 = socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
         self._ipv6.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
+        # The packet has its source. For one to route by, the kernel would walk over all addresses of this machine.
+        self._ipv6.bind(("::1", 0))
         for raw in (self._ipv4, self._ipv6):
             # IPPROTO_RAW receives nothing; without room nothing could pile up either.
             raw.setsockopt(socket.SOL_SOCKET, _SO_MARK, ours)

@@ -1,39 +1,63 @@
 """One NFQUEUE, bound by one worker: python-netfilterqueue, with what it leaves to its user.
 
-Its `run` receives and calls back in a loop in C: one recv and one verdict for each packet, and no poll. The queue's
-netlink socket gets a large buffer, and NETLINK_NO_ENOBUFS: a full socket then costs the packets that did not fit, and
-not an error on top; the kernel counts them in /proc/net/netfilter/nfnetlink_queue.
+Its `run` receives and calls back in a loop in C, until no packet is left. Verdicts are not the library's, one system
+call each, but of many packets in one (`give`): the kernel works off one netlink message behind the other. Deciding many
+packets in a row and then giving all their verdicts is also what keeps Python's code in the CPU's caches; the kernel's
+work on one verdict would push it out. The queue's netlink socket gets a large buffer, and NETLINK_NO_ENOBUFS: a full
+socket then costs the packets that did not fit, and not an error on top; the kernel counts them in
+/proc/net/netfilter/nfnetlink_queue.
+
+Layout of a verdict: include/uapi/linux/netfilter/nfnetlink_queue.h.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from netfilterqueue import NetfilterQueue
 
 from steerd.errors import KernelError
+from steerd.kernel.nfnetlink import REQUEST, attribute, message
 
 _SOL_NETLINK = 270
 _NETLINK_NO_ENOBUFS = 5
-_SO_RCVTIMEO = 20
 _SO_RCVBUFFORCE = 33
-_TIMEVAL = struct.Struct("@ll")
+
+_VERDICT = 3 << 8 | 1
+"""NFNL_SUBSYS_QUEUE, NFQNL_MSG_VERDICT."""
+_VERDICT_HEADER, _MARK, _PAYLOAD = 2, 3, 10
+_DROP, _ACCEPT = 0, 1
+_TWO_NUMBERS = struct.Struct("!II").pack
+_NUMBER = struct.Struct("!I").pack
+_DROPPED = struct.Struct("!28sI").pack
+_ACCEPTED = struct.Struct("!28sI4sI").pack
 
 
 class QueuedPacket(Protocol):
-    """What python-netfilterqueue hands to the callback."""
+    """What python-netfilterqueue hands to the callback. The payload is there until the callback returns."""
 
+    @property
+    def id(self) -> int: ...
+    @property
+    def mark(self) -> int: ...
     def get_payload(self) -> bytes: ...
-    def get_mark(self) -> int: ...
-    def set_mark(self, mark: int) -> None: ...
-    def set_payload(self, payload: bytes) -> None: ...
-    def accept(self) -> None: ...
-    def drop(self) -> None: ...
+
+
+class Ruling(NamedTuple):
+    """What becomes of a packet: the verdict on it."""
+
+    id: int
+    """`QueuedPacket.id`."""
+    mark: int | None
+    """The packet goes on with this mark; None: it is dropped."""
+    payload: bytes | None = None
+    """What goes on in its place, from the IP header on."""
 
 
 class Queue:
@@ -47,6 +71,14 @@ class Queue:
             self._queue.bind(number, on_packet, max_len=length)
         except OSError as error:
             raise KernelError(f"NFQUEUE {number} cannot be bound: {error} (does another process own it?)") from error
+        accepting = message(_VERDICT, REQUEST, 0, 0, number, _header(_ACCEPT) + attribute(_MARK, bytes(4)))
+        # A message up to the packet's id, and between that and the mark: the same for all packets.
+        self._accept, self._mark = accepting[:28], accepting[32:36]
+        self._drop = message(_VERDICT, REQUEST, 0, 0, number, _header(_DROP))[:28]
+        self._number = number
+        self._patience: float | None = None
+        self._arrivals = select.poll()
+        self._arrivals.register(self._queue.get_fd(), select.POLLIN)
         # Its descriptor is the queue's own, by another number.
         self._netlink = socket.socket(fileno=os.dup(self._queue.get_fd()))
         self._netlink.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer)
@@ -54,14 +86,31 @@ class Queue:
 
     def wait_at_most(self, seconds: float) -> None:
         """From now on `run` returns when no packet has come for so long; 0: never. The callback may call it, too."""
-        whole = int(seconds)
-        self._netlink.setsockopt(
-            socket.SOL_SOCKET, _SO_RCVTIMEO, _TIMEVAL.pack(whole, int((seconds - whole) * 1_000_000))
-        )
+        self._patience = seconds * 1000 or None
 
     def run(self) -> None:
-        """Hand every packet to the callback. The callback must not raise: its packet would get no verdict."""
-        self._queue.run()
+        """Wait for a packet, and hand every one that is there to the callback, which must not raise; it returns when
+        there are no more, which under load is never. Each needs a ruling (`give`), in the order in which they came: the
+        kernel looks for a packet from the oldest on."""
+        self._arrivals.poll(self._patience)
+        self._queue.run(block=False)
+
+    def give(self, rulings: Iterable[Ruling]) -> None:
+        """The verdicts on these packets, which the kernel carries out in this order before this returns."""
+        self._netlink.send(b"".join([self._verdict(ruling) for ruling in rulings]))
+
+    def _verdict(self, ruling: Ruling) -> bytes:
+        id_, mark, payload = ruling
+        if mark is None:
+            return _DROPPED(self._drop, id_)
+        if payload is None:
+            return _ACCEPTED(self._accept, id_, self._mark, mark)
+        attributes = _header(_ACCEPT, id_) + attribute(_MARK, _NUMBER(mark)) + attribute(_PAYLOAD, payload)
+        return message(_VERDICT, REQUEST, 0, 0, self._number, attributes)
+
+
+def _header(verdict: int, id_: int = 0) -> bytes:
+    return attribute(_VERDICT_HEADER, _TWO_NUMBERS(verdict, id_))
 
 
 class QueueState(NamedTuple):

@@ -26,6 +26,7 @@ from steerd.errors import KernelError, RegistryError
 from steerd.kernel import handshake
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element
+from steerd.kernel.queue import Ruling
 from steerd.kernel.ruleset import target_elements
 from steerd.model import Extension, Flow, Reason, Target
 from steerd.telemetry.counters import Counters, Extra
@@ -62,7 +63,8 @@ Registry(sys.argv[1]).publish(config.parse(sys.stdin.read(), "steerd.toml"))
 class Packet:
     """A queued packet; says what was done with it."""
 
-    def __init__(self, payload: bytes, mark: int) -> None:
+    def __init__(self, id_: int, payload: bytes, mark: int) -> None:
+        self.id = id_
         self._payload = payload
         self.mark = mark
         self.verdicts: list[str] = []
@@ -70,18 +72,9 @@ class Packet:
     def get_payload(self) -> bytes:
         return self._payload
 
-    def get_mark(self) -> int:
-        return self.mark
-
-    def set_mark(self, mark: int) -> None:
-        assert not self.verdicts, "a mark after the verdict is lost"
-        self.mark = mark
-
-    def accept(self) -> None:
-        self.verdicts.append("accept")
-
-    def drop(self) -> None:
-        self.verdicts.append("drop")
+    def rule(self, ruling: Ruling) -> None:
+        self.verdicts.append("drop" if ruling.mark is None else "accept")
+        self.mark = self.mark if ruling.mark is None else ruling.mark
 
 
 class StandInNftables:
@@ -118,8 +111,28 @@ class StandInConntrack:
 
 
 class StandInQueue:
+    """Gives packets to the worker, all that wait at once, and its rulings to them."""
+
+    def __init__(self, on_packet: Callable[[Packet], None]) -> None:
+        self.on_packet = on_packet
+        self.given: list[int] = []
+        self.error: OSError | None = None
+        self._packets: dict[int, Packet] = {}
+
     def wait_at_most(self, seconds: float) -> None:
         self.seconds = seconds
+
+    def arrive(self, payload: bytes, mark: int) -> Packet:
+        packet = self._packets[len(self._packets)] = Packet(len(self._packets), payload, mark)
+        self.on_packet(packet)
+        return packet
+
+    def give(self, rulings: list[Ruling]) -> None:
+        if self.error is not None:
+            raise self.error
+        for ruling in rulings:
+            self.given.append(ruling.id)
+            self._packets[ruling.id].rule(ruling)
 
 
 class Lab:
@@ -134,7 +147,7 @@ class Lab:
         self.nftables = StandInNftables()
         self._log = directory / "log"
         self._stderr = self._log.open("w")
-        self._on_packet: Callable[[Packet], None]
+        self.queue: StandInQueue
         monkeypatch.setattr(worker_module, "Nftables", lambda: self.nftables)
         monkeypatch.setattr(worker_module, "Queue", self._bind)
         monkeypatch.setattr(handshake, "measure", lambda: Handshake(1460, 1440, 7))
@@ -150,8 +163,8 @@ class Lab:
         assert (number, options["length"], options["receive_buffer"]) == (100, 1000, 100000)
         if self.bind_errors:
             raise self.bind_errors.pop()
-        self._on_packet = on_packet
-        return StandInQueue()
+        self.queue = StandInQueue(on_packet)
+        return self.queue
 
     def start(self) -> None:
         with contextlib.redirect_stderr(self._stderr):
@@ -169,8 +182,8 @@ class Lab:
         subprocess.run([sys.executable, "-c", PUBLISH, str(self.directory)], input=text, text=True, check=True)
 
     def deliver(self, payload: bytes, mark: int = 0) -> Packet:
-        packet = Packet(payload, mark)
-        self._on_packet(packet)
+        packet = self.queue.arrive(payload, mark)
+        self.worker._give()
         assert len(packet.verdicts) == 1, "one packet, one verdict"
         return packet
 
@@ -249,6 +262,41 @@ def test_what_cannot_be_read_is_dropped(lab: Lab, payload: bytes) -> None:
 def test_a_malformed_extension_is_counted_beside_the_decision(lab: Lab) -> None:
     lab.deliver(syn(None, options=bytes.fromhex("9e0a53540007000000000101")))
     assert lab.counted() == {"UNEXTENDED_UNMATCHED": 1, "MALFORMED_EXTENSION": 1}
+
+
+# ---- many packets at once ----
+
+
+def test_verdicts_are_given_in_the_order_of_arrival_many_at_a_time(lab: Lab) -> None:
+    packets = [lab.queue.arrive(syn(extension), THEIRS) for extension in (1, 99, 2) * 10]
+    assert lab.queue.given == list(range(16)), "not one by one, and not first when all are decided"
+    lab.worker._give()
+    assert lab.queue.given == list(range(30))
+    assert [p.mark for p in packets[:3]] == [THEIRS | MARK.field(i) for i in (REFUSING, RESET_ID, REFUSING + 1)]
+    assert {tuple(p.verdicts) for p in packets} == {("accept",)}
+
+
+def test_a_fault_costs_one_packet_of_many(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = lab.worker._engine.decide_syn
+
+    def faulty(packet: Any) -> Decision:
+        if packet.dport == 22:
+            raise RuntimeError("a mistake in a parser")
+        return decide(packet)
+
+    monkeypatch.setattr(lab.worker._engine, "decide_syn", faulty)
+    packets = [lab.queue.arrive(syn(1, port), 0) for port in (443, 22, 443)]
+    lab.worker._give()
+    assert [p.verdicts for p in packets] == [["accept"], ["drop"], ["accept"]]
+
+
+def test_verdicts_that_the_kernel_does_not_take_are_a_fault_and_not_the_end(lab: Lab) -> None:
+    lab.queue.error = OSError(105, "No buffer space")
+    lab.queue.arrive(syn(1), 0)
+    lab.worker._give()
+    lab.queue.error = None
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    assert lab.counted() == {"ARITHMETIC": 2, "LOADED": 1, "FAULT": 1}
 
 
 # ---- targets ----
