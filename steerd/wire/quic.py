@@ -247,8 +247,8 @@ class _Hello:
             return None
 
     def add(self, frames: list[tuple[int, bytes]]) -> None:
-        """Takes CRYPTO frames: offset and bytes. Raises MalformedError where they contradict what is there, since a
-        server might see another hello than the one read here."""
+        """Takes CRYPTO frames: offset and bytes. Raises MalformedError where they go beyond the bounds, or contradict
+        what is there, since a server might see another hello than the one read here."""
         if not frames:
             return
         pieces: list[tuple[int, bytes | bytearray]] = [*self._runs, *frames]
@@ -384,8 +384,8 @@ _NOT_PADDING = re.compile(rb"[^\x00]")
 
 
 def _crypto_frames(payload: bytes) -> list[tuple[int, bytes]]:
-    """Offset and bytes of the CRYPTO frames of an Initial. Raises MalformedError for frames that may not be there, are
-    cut short, or go beyond HELLO_BOUND."""
+    """Offset and bytes of the CRYPTO frames of an Initial. Raises MalformedError for frames that may not be there or
+    are cut short."""
     frames = []
     at = 0
     try:
@@ -395,7 +395,7 @@ def _crypto_frames(payload: bytes) -> list[tuple[int, bytes]]:
             if kind == _CRYPTO:
                 offset, at = _varint(payload, at)
                 length, at = _varint(payload, at)
-                require(at + length <= len(payload) and offset + length <= HELLO_BOUND)
+                require(at + length <= len(payload))
                 if length:
                     frames.append((offset, payload[at : at + length]))
                 at += length
@@ -423,7 +423,6 @@ def _behind_ack(payload: bytes, at: int, kind: int) -> int:
     for _ in range(2):
         _, at = _varint(payload, at)
     ranges, at = _varint(payload, at)
-    require(ranges <= len(payload))
     for _ in range(1 + 2 * ranges + (3 if kind == _ACK_ECN else 0)):
         _, at = _varint(payload, at)
     return at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import ssl
 from itertools import permutations
 from pathlib import Path
@@ -14,6 +15,7 @@ from aioquic.tls import SessionTicket
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from scapy.layers.quic import QUIC
 
 from steerd.model import Answer, Keys
@@ -179,7 +181,6 @@ class Pair:
     """aioquic's client and server, talking to each other without a network."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
-        self.tickets: list[SessionTicket] = []
         self._known: dict[bytes, SessionTicket] = {}
         self._certificate, self._key = certificate, key
         self.now = 0.0
@@ -219,10 +220,6 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    import datetime
-
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "shop.example")])
     begin = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
@@ -363,6 +360,8 @@ def test_coalesced_packets_of_another_connection_are_passed_over() -> None:
     other = initials.initial(crypto(0, OTHER), dcid=b"\x01" * 8, pad_to=600)
     assert inspect([half + other]) is Answer.NEED_MORE
     assert name(initials.initial(crypto(0, SHOP), pad_to=600) + other) == "shop.example"
+    with_our_keys = initials.initial(crypto(50, SHOP[50:]), dcid=b"\x01" * 8, keys_of=DCID, pad_to=600)
+    assert inspect([half + with_our_keys]) is Answer.NEED_MORE
 
 
 def test_packets_beyond_the_bound_of_a_datagram_are_not_looked_at() -> None:
@@ -420,6 +419,7 @@ FORBIDDEN = {
     "cut number": initials.PADDING * 1200 + b"\x06\x80",
     "cut ack": initials.PADDING * 1200 + b"\x02\x05\x00\x04",
     "ack of ever so many ranges": b"\x02\x05\x00\xbf\xff\xff\xff",
+    "cut number in an ack": initials.PADDING * 1200 + b"\x02\x05\x00\x00\x40",
     "cut close": initials.PADDING * 1200 + b"\x1c\x00\x00\x0a",
     "crypto beyond the bound": crypto(HELLO_BOUND - 1, b"ab"),
     "crypto far away": crypto((1 << 62) - 1, b"a"),
@@ -581,6 +581,17 @@ def test_an_initial_that_its_connection_id_does_not_open() -> None:
     assert inspect([bytes(damaged)]) == read._replace(dcid=DCID)
     begun = datagram(crypto(0, SHOP[:20]))
     assert answers(begun, later, bytes(damaged), datagram(crypto(20, SHOP[20:])))[3] == keys(datagram(crypto(0, SHOP)))
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 19, 20])
+def test_an_initial_too_short_to_be_protected(length: int) -> None:
+    """There are 16 bytes to look at behind a packet number of 4, or nothing can be told (RFC 9001 section 5.4.2)."""
+    start = initials.long_header(initials.INITIAL) + b"\x00" + initials.varint(length, 2)
+    one = initials.initial(initials.PING, pad_to=1200) + start + bytes(length)
+    assert inspect([one]) is Answer.NEED_MORE
+    token = initials.varint(1200) + bytes(1200)
+    alone = initials.long_header(initials.INITIAL) + token + initials.varint(length, 2) + bytes(length)
+    assert isinstance(inspect([alone]), LongHeader)
 
 
 def test_an_initial_that_is_cut_short() -> None:
