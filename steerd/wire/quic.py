@@ -24,7 +24,7 @@ each with a connection id of its own. They are kept apart, and the first hello t
 
 Bounds, for any bytes whatever: a hello has at most 16 KiB (a post-quantum one has 2, common servers take 16); a flow
 keeps at most four of them, the newest; after 32 datagrams the answer is NOT_MINE. Of a datagram at most eight
-coalesced packets are looked at. A datagram of less than 1,200 bytes is never decrypted: servers must ignore an Initial
+coalesced packets are looked at; a hello in more than 64 pieces is NOT_MINE. A datagram of less than 1,200 bytes is never decrypted: servers must ignore an Initial
 in it.
 
 Not covered: versions before 1 (drafts, Google's own), and what is not visible at all, the inner hello of Encrypted
@@ -59,8 +59,9 @@ CONNECTION_BOUND = 4
 """Hellos of one flow that are put together at the same time."""
 PACKET_BOUND = 8
 """Coalesced packets of one datagram that are looked at."""
-RUN_BOUND = 256
-"""Separate stretches of one hello; a client that shuffles its frames leaves a few dozen gaps at most."""
+PIECE_BOUND = 64
+"""CRYPTO frames of one packet, and stretches of one hello with gaps between them. Chromium, which shuffles its frames,
+makes a dozen."""
 
 MIN_INITIAL_DATAGRAM = 1200  # RFC 9000 section 14.1
 MIN_SHORT_DATAGRAM = 21  # RFC 9000 section 10.3: nothing shorter can be a packet of version 1
@@ -264,7 +265,7 @@ class _Hello:
                 require(run[start - run_start : start - run_start + overlap] == data[:overlap])
                 run += data[overlap:]
             end = runs[-1][0] + len(runs[-1][1])
-        require(end <= HELLO_BOUND and len(runs) <= RUN_BOUND)
+        require(end <= HELLO_BOUND and len(runs) <= PIECE_BOUND)
         self._runs = runs
 
     def keys(self) -> Keys | Answer:
@@ -380,13 +381,13 @@ _ACK_ECN = 0x03
 _CRYPTO = 0x06
 _CONNECTION_CLOSE = 0x1C
 
-_NOT_PADDING = re.compile(rb"[^\x00]")
+_NEITHER_PADDING_NOR_PING = re.compile(rb"[^\x00\x01]")
 
 
 def _crypto_frames(payload: bytes) -> list[tuple[int, bytes]]:
-    """Offset and bytes of the CRYPTO frames of an Initial. Raises MalformedError for frames that may not be there or
-    are cut short."""
-    frames = []
+    """Offset and bytes of the CRYPTO frames of an Initial. Raises MalformedError for frames that may not be there,
+    are cut short, or are too many."""
+    frames: list[tuple[int, bytes]] = []
     at = 0
     try:
         while at < len(payload):
@@ -395,12 +396,13 @@ def _crypto_frames(payload: bytes) -> list[tuple[int, bytes]]:
             if kind == _CRYPTO:
                 offset, at = _varint(payload, at)
                 length, at = _varint(payload, at)
-                require(at + length <= len(payload))
+                require(at + length <= len(payload) and len(frames) < PIECE_BOUND)
                 if length:
                     frames.append((offset, payload[at : at + length]))
                 at += length
-            elif kind == _PADDING:
-                following = _NOT_PADDING.search(payload, at)
+            elif kind in (_PADDING, _PING):
+                # Frames of one byte: clients fill their datagrams with a thousand of them, some with both in turns.
+                following = _NEITHER_PADDING_NOR_PING.search(payload, at)
                 at = following.start() if following else len(payload)
             elif kind in (_ACK, _ACK_ECN):
                 at = _behind_ack(payload, at, kind)
@@ -411,7 +413,7 @@ def _crypto_frames(payload: bytes) -> list[tuple[int, bytes]]:
                 at += length
                 require(at <= len(payload))
             else:
-                require(kind == _PING)
+                raise MalformedError
     except IndexError:
         raise MalformedError from None
     return frames

@@ -25,7 +25,7 @@ from steerd.wire.quic import (
     DATAGRAMS,
     HELLO_BOUND,
     PACKET_BOUND,
-    RUN_BOUND,
+    PIECE_BOUND,
     Assembly,
     Found,
     Kind,
@@ -389,6 +389,7 @@ def test_an_initial_in_a_small_datagram_is_no_beginning() -> None:
 FRAMES = {
     "padding": initials.PADDING * 3,
     "ping": initials.PING,
+    "padding and pings": (initials.PADDING + initials.PING) * 100,
     "ack": initials.ack(7, (0, 0), (3, 70)),
     "ack-ecn": initials.ack(70000, (1, 2), ecn=(1, 2, 70)),
     "close": initials.close(0x10A, b"no"),
@@ -537,10 +538,15 @@ def test_after_its_bound_of_datagrams_a_flow_is_given_up() -> None:
 
 
 def test_a_hello_in_too_many_pieces_is_given_up() -> None:
-    hello = client_hello(b"shop.example", b"h3", size=2 * RUN_BOUND + 10)
-    frames = [crypto(at, hello[at : at + 1]) for at in range(0, 2 * RUN_BOUND + 2, 2)]
-    assert inspect([initials.initial(b"".join(frames[:RUN_BOUND]), pad_to=1200)]) is Answer.NEED_MORE
-    assert inspect([initials.initial(b"".join(frames), pad_to=1200)]) is Answer.NOT_MINE
+    """Whether they come in one packet or in many; those that join are one."""
+    hello = client_hello(b"shop.example", b"h3", size=4 * PIECE_BOUND)
+    apart = [crypto(at, hello[at : at + 1]) for at in range(0, 2 * PIECE_BOUND + 2, 2)]
+    assert inspect([datagram(b"".join(apart[:-1]))]) is Answer.NEED_MORE
+    assert inspect([datagram(b"".join(apart))]) is Answer.NOT_MINE
+    assert answers(datagram(b"".join(apart[:-1])), datagram(apart[-1])) == [Answer.NEED_MORE, Answer.NOT_MINE]
+    between = [crypto(at, hello[at : at + 1]) for at in range(1, 2 * PIECE_BOUND, 2)]
+    rest = crypto(2 * PIECE_BOUND, hello[2 * PIECE_BOUND :])
+    assert name(*(datagram(b"".join(some)) for some in (apart[:-1], between, [rest]))) == "shop.example"
 
 
 # What is no first flight
