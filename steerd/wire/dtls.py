@@ -36,8 +36,8 @@ from steerd.wire.parser import DatagramParser
 HELLO_BOUND = 8192
 """Bytes of one hello; a post-quantum one has less than 2 KiB."""
 DATAGRAM_BOUND = 16
-"""A hello of HELLO_BOUND takes 7 datagrams of 1,200 bytes; this leaves room for repetitions and small MTUs. All are read
-again with each that comes, so this bounds what one more may cost: 0.2 ms."""
+"""A hello of HELLO_BOUND takes 7 datagrams of 1,200 bytes; this leaves room for repetitions and small MTUs. All are
+read again with each that comes, so this bounds what one more may cost: 0.2 ms."""
 FRAGMENT_BOUND = 4
 """Clients put one fragment into a datagram."""
 

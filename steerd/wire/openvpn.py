@@ -21,6 +21,9 @@ That is all that can be told apart. Session ids are random; the metadata in a wr
 server's key, and the HMACs are made with keys that only the client and its server have. Name and certificate of the
 client, and a server name if it sends one, come with TLS, after the server's answer.
 
+With tls-crypt that is little to go by (54 bytes, the first one 0x38, three of the others 0): where a service has other
+parsers, name this one behind them.
+
 Not covered, hence NOT_MINE: other packets (whose flow is decided, or unknown), the resets of OpenVPN 1 (opcode 1), and
 static keys without TLS, which are noise from the first byte on.
 """
@@ -40,6 +43,8 @@ _V3 = 10 << 3
 _BEFORE_WRAP = 1 + 8
 _NOTHING_RECEIVED = bytes(5)  # no acknowledgements, and packet id 0
 _REPLAY_PROTECTION = 8
+# Packet ids count the resets of one attempt; with tls-crypt-v2, 2.6 begins at 0x0f000001 (early negotiation), not at 1.
+_PACKET_ID = re.compile(rb"[\x00\x0f]\x00\x00[^\x00]", re.DOTALL)
 _PLAIN_LENGTH = _BEFORE_WRAP + len(_NOTHING_RECEIVED)
 _DIGEST_SIZES = (16, 20, 28, 32, 48, 64)  # MD5, SHA1, SHA224, SHA256, SHA384, SHA512 and others of these sizes
 _TAG = 32
@@ -70,7 +75,7 @@ def reset(packet: bytes) -> Keys | None:
         wrap = _wrap(packet)
         return None if wrap is None else {"openvpn.opcode": "7", "openvpn.wrap": wrap}
     wrapped_key = packet[_CRYPT_LENGTH:]
-    if opcode != bytes([_V3]) or not _is_wrapped_key(wrapped_key):
+    if opcode != bytes([_V3]) or not _PACKET_ID.match(packet, _BEFORE_WRAP) or not _is_wrapped_key(wrapped_key):
         return None
     tag = wrapped_key[:_TAG].hex()
     return {"openvpn.opcode": "10", "openvpn.wrap": "tls-crypt-v2", "openvpn.client-key": tag}
@@ -107,10 +112,13 @@ def _wrap(packet: bytes) -> str | None:
     if packet.endswith(_NOTHING_RECEIVED):
         if length == _PLAIN_LENGTH:
             return "none"
-        if length - _PLAIN_LENGTH - _REPLAY_PROTECTION in _DIGEST_SIZES:
+        digest_size = length - _PLAIN_LENGTH - _REPLAY_PROTECTION
+        if digest_size in _DIGEST_SIZES and _PACKET_ID.match(packet, _BEFORE_WRAP + digest_size):
             return "tls-auth"
     # With SHA256, tls-auth has this length too, but shows its zeros.
-    return "tls-crypt" if length == _CRYPT_LENGTH else None
+    if length == _CRYPT_LENGTH and _PACKET_ID.match(packet, _BEFORE_WRAP):
+        return "tls-crypt"
+    return None
 
 
 def _is_wrapped_key(data: bytes) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from steerd.model import Answer, Keys
+from steerd.wire import dns
 from steerd.wire.openvpn import BOUND, DATAGRAMS, client_key, inspect, reset
 from tests.flows import flow, flows, only
 
@@ -50,6 +51,29 @@ def test_over_tcp(wrap: str) -> None:
     data = (VECTORS / f"openvpn-openvpn-2.6.14-{wrap}.bin").read_bytes()
     assert inspect(data) == inspect(data + b"more") == expected(wrap)
     assert all(inspect(data[:length]) is Answer.NEED_MORE for length in range(len(data)))
+
+
+@pytest.mark.parametrize(
+    ("what", "at", "wrap"),
+    [("tls-auth-sha1", 29, "tls-auth"), ("tls-crypt", 9, "tls-crypt"), ("tls-crypt-v2", 9, "tls-crypt-v2")],
+)
+def test_repetitions(what: str, at: int, wrap: str) -> None:
+    """The client repeats its reset after 2, 4 and 8 seconds, each with the next packet id."""
+    first = only(f"openvpn-openvpn-2.6.14-{what}")
+    assert first[at + 3] == 1
+    for number in (2, 4, 255):
+        assert reset(first[: at + 3] + bytes([number]) + first[at + 4 :]) == expected(wrap)
+    for packet_id in (bytes(4), b"\x00\x01\x00\x01", b"\x01\x00\x00\x01", b"\x00\x00\x01\x01"):
+        assert reset(first[:at] + packet_id + first[at + 4 :]) is None
+
+
+def test_a_dns_query_that_looks_like_a_reset() -> None:
+    """54 bytes, an id that begins with 0x38, and EDNS."""
+    query = bytes.fromhex("3812 0120 0001 0000 0000 0001") + b"\x04shop\x07example\x00" + bytes.fromhex("001c 0001")
+    query += bytes.fromhex("000029 04d0 00000000 000d 000a 0009") + bytes(9)
+    assert len(query) == 54
+    assert dns.question(query) == {"dns.qname": "shop.example", "dns.qtype": "AAAA"}
+    assert reset(query) is None
 
 
 def test_every_vector_is_known_by_this_file() -> None:
