@@ -22,10 +22,10 @@ into CRYPTO frames, the answer is the same. Once a flow has begun, datagrams tha
 A flow may carry more than one connection: the client gave up and tries again from the same port, or it answers a Retry,
 each with a connection id of its own. They are kept apart, and the first hello that is complete decides.
 
-Bounds, for any bytes whatever: a hello has at most 16 KiB (a post-quantum one has 2, common servers take 16); a flow
-keeps at most four of them, the newest; after 32 datagrams the answer is NOT_MINE. Of a datagram at most eight
-coalesced packets are looked at; a hello in more than 64 pieces is NOT_MINE. A datagram of less than 1,200 bytes is never decrypted: servers must ignore an Initial
-in it.
+Bounds, for any bytes whatever: a hello has at most 16 KiB (a post-quantum one has 2, common servers take 16) in at most
+64 pieces; a flow keeps at most four of them, the newest; after 32 datagrams the answer is NOT_MINE. Of a datagram at
+most four coalesced packets are looked at. A datagram of less than 1,200 bytes is never decrypted: servers must ignore
+an Initial in it. So a datagram costs two or three times what an honest one does, whatever is in it.
 
 Not covered: versions before 1 (drafts, Google's own), and what is not visible at all, the inner hello of Encrypted
 Client Hello.
@@ -57,8 +57,8 @@ DATAGRAM_BOUND = 32
 """Datagrams of one flow: a hello of HELLO_BOUND takes 15, so this leaves room for 0-RTT and repetitions."""
 CONNECTION_BOUND = 4
 """Hellos of one flow that are put together at the same time."""
-PACKET_BOUND = 8
-"""Coalesced packets of one datagram that are looked at."""
+PACKET_BOUND = 4
+"""Coalesced packets of one datagram that are looked at; clients begin with one Initial, and 0-RTT behind it."""
 PIECE_BOUND = 64
 """CRYPTO frames of one packet, and stretches of one hello with gaps between them. Chromium, which shuffles its frames,
 makes a dozen."""

@@ -365,7 +365,7 @@ def test_coalesced_packets_of_another_connection_are_passed_over() -> None:
 
 
 def test_packets_beyond_the_bound_of_a_datagram_are_not_looked_at() -> None:
-    nothing = [initials.initial(initials.PING, number=number, pad_to=160) for number in range(PACKET_BOUND)]
+    nothing = [initials.initial(initials.PING, number=number, pad_to=400) for number in range(PACKET_BOUND)]
     whole = initials.initial(crypto(0, SHOP), number=PACKET_BOUND)
     assert name(b"".join(nothing[:-1]) + whole) == "shop.example"
     assert inspect([b"".join(nothing) + whole]) is Answer.NEED_MORE
