@@ -35,6 +35,7 @@ from steerd.core.pending import (
     Silence,
     Why,
 )
+from steerd.kernel import sockets
 from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.inject import Injector
@@ -294,8 +295,13 @@ class Late:
         return self._nftables.contains(f"vanished{flow.version}", flow_key(flow))
 
     def _delete_entry(self, flow: Flow) -> None:
+        """And the daemon's end of that connection with it: should the new one go to the same daemon, that end would
+        take its SYN for a stray packet of the old one."""
+        old = self._conntrack.translated(flow)
         if self._conntrack.delete(flow):
             self._slot[Extra.OLD_ENTRY_DELETED] += 1
+        if old is not None:
+            sockets.end(old)
 
 
 def _is_cut(packet: Packet, raw: bytes) -> bool:

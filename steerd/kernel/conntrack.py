@@ -14,7 +14,7 @@ from steerd.model import TCP, Flow
 
 _SUBSYS_CTNETLINK = 1
 _GET, _DELETE = 1, 2
-_TUPLE_ORIG, _STATUS = 1, 3
+_TUPLE_ORIG, _TUPLE_REPLY, _STATUS = 1, 2, 3
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC, _IP_DST = {4: 1, 6: 3}, {4: 2, 6: 4}
 _PROTO_NUMBER, _PROTO_SPORT, _PROTO_DPORT = 1, 2, 3
@@ -27,6 +27,18 @@ class Conntrack:
 
     def __init__(self) -> None:
         self._netlink = Nfnetlink()
+
+    def translated(self, flow: Flow) -> Flow | None:
+        """This connection as its daemon sees it, with the daemon's own address and port; None if there is no entry."""
+        asked = "conntrack does not look for an entry"
+        reply = self._netlink.ask(_SUBSYS_CTNETLINK << 8 | _GET, 0, _FAMILIES[flow.version], _tuple(flow), asked)
+        if reply.error:
+            _not_there(reply.error, asked)
+            return None
+        parts = attributes(attributes(reply.body[GENERIC.size :])[_TUPLE_REPLY])
+        addresses, ports = attributes(parts[_TUPLE_IP]), attributes(parts[_TUPLE_PROTO])
+        daemon_port = int.from_bytes(ports[_PROTO_SPORT], "big")
+        return Flow(flow.src, flow.sport, addresses[_IP_SRC[flow.version]], daemon_port)
 
     def is_answered(self, flow: Flow) -> bool:
         """Whether there is an entry for this connection, and both sides have spoken."""
