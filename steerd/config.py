@@ -252,6 +252,46 @@ def check_session(
     return entry
 
 
+class RouteChecker:
+    """Checks routes of one service that are not in the file (but in a request, say) as those in it are. Made once for
+    many routes."""
+
+    def __init__(self, config: Config, service: Service) -> None:
+        self._file = config.file
+        self._reader = _Reader()
+        endpoints = {
+            each.name: {f"services.{each.name}.endpoints[{index}]": e for index, e in enumerate(each.endpoints)}
+            for each in config.services
+        }
+        self._scene = _Scene(config.pools, endpoints, self._reader)
+        self._conditions = _Conditions(service.inspect, self._reader)
+        self._versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
+
+    def check(self, when: Mapping[str, object], target: object, source: str | None) -> Route:
+        """The route, without a name. Raises ConfigError, with the keys `when.KEY`, `target` and `source`."""
+        route = self.check_match(when, source)
+        reader = self._reader
+        self._scene.wildcard.clear()
+        coming = self._versions if route.source is None else self._versions & {route.source.version}
+        targets = _targets(target, "target", coming, self._scene)
+        if self._scene.wildcard:
+            reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
+        self._give_up()
+        return route._replace(targets=targets)
+
+    def check_match(self, when: Mapping[str, object], source: str | None) -> Route:
+        """What a route matches, without targets. Raises ConfigError as `check` does."""
+        self._reader.clear()
+        route = _route(_RawRoute(None, dict(when), source), "", self._conditions, self._versions, self._scene)
+        self._give_up()
+        assert route is not None  # there was no mistake
+        return route
+
+    def _give_up(self) -> None:
+        if self._reader.problems:
+            raise ConfigError(self._file, self._reader.problems)
+
+
 # --- 1. From TOML to structs -----------------------------------------------------------------------------------------
 
 
@@ -352,8 +392,13 @@ class _Reader:
     def problem(self, key: str, message: str) -> None:
         """Report a mistake at a dotted key."""
         self.problems.append(Problem(key, message))
-        self._bad.add(key)
+        self._bad.update(("", key))
         self._bad.update(key[: end.start()] for end in re.finditer(r"[.\[]", key))
+
+    def clear(self) -> None:
+        """Forget all mistakes."""
+        self.problems = []
+        self._bad.clear()
 
     def is_bad(self, key: str) -> bool:
         """Whether a mistake was reported at this key or below it."""
@@ -703,6 +748,15 @@ def _text_condition(key: str, text: str) -> Condition:
     if stars == 1 and text.endswith("*") and len(text) > 1:
         return Condition(key, Match.PREFIX, text[:-1])
     raise ValueError(f'A * stands for a beginning, "*.example", or for an end, "/api/*"; {_shown(text)} is neither.')
+
+
+def condition_text(condition: Condition) -> str:
+    """A condition's value as it is written: what `when` takes."""
+    key, match, value = condition
+    if key == "prefix":
+        is_plain = value.isascii() and value.isprintable() and not value.startswith("hex:")
+        return value if is_plain else f"hex:{value.encode('latin-1').hex()}"
+    return {Match.EXACT: value, Match.SUFFIX: f"*{value}", Match.PREFIX: f"{value}*"}[match]
 
 
 def _extension_condition(key: str, text: str) -> Condition:
@@ -1144,20 +1198,28 @@ def _routes(
     routes = []
     for index, raw in enumerate(raws):
         key = f"{path}.routes[{index}]"
-        found = conditions.read(raw.when, f"{key}.when") if inspect_known else ()
-        source = None if raw.source is None else reader.attempt(f"{key}.source", _network, raw.source)
-        if inspect_known and not found and raw.source is None and not reader.is_bad(key):
-            reader.problem(key, "Has neither a condition nor a source; what matches everything is default.")
-        coming = versions
-        if source is not None:
-            _check_families((source.version,), versions, f"{key}.source", reader)
-            coming = versions & {source.version}
-        targets = _targets(raw.target, f"{key}.target", coming, scene) if raw.target is not None else ()
-        if not reader.is_bad(key):
-            routes.append(Route(key, found, source, targets))
+        route = _route(raw, key, conditions if inspect_known else None, versions, scene)
+        if route is not None:
+            routes.append(route)
     if inspect_known:
         _check_routes(routes, path, conditions.key_order, reader)
     return tuple(routes)
+
+
+def _route(raw: _RawRoute, key: str, conditions: _Conditions | None, versions: set[int], scene: _Scene) -> Route | None:
+    """One route, or None if it has a mistake; `conditions` None: nothing can be said about those."""
+    reader = scene.reader
+    found = () if conditions is None else conditions.read(raw.when, _join(key, "when"))
+    source_key = _join(key, "source")
+    source = None if raw.source is None else reader.attempt(source_key, _network, raw.source)
+    if conditions is not None and not found and raw.source is None and not reader.is_bad(key):
+        reader.problem(key, "Has neither a condition nor a source; what matches everything is default.")
+    coming = versions
+    if source is not None:
+        _check_families((source.version,), versions, source_key, reader)
+        coming = versions & {source.version}
+    targets = _targets(raw.target, _join(key, "target"), coming, scene) if raw.target is not None else ()
+    return None if reader.is_bad(key) else Route(key, found, source, targets)
 
 
 def _check_routes(routes: list[Route], path: str, key_order: tuple[tuple[str, ...], ...], reader: _Reader) -> None:

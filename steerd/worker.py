@@ -100,6 +100,9 @@ class Worker:
     def _refresh(self) -> None:
         """Take up what the main process published, and forget what the kernel's maps were known to hold."""
         generation = self._counters.generation
+        # Until this is done every packet tries again: the old plan's probes, looked up among the new plan's routes,
+        # could lead to a wrong daemon.
+        self._generation = -1
         plan = self._reader.refresh()
         self._mark = MarkLayout(plan.mark_low, plan.mark_high)
         # The registry gives no id that does not fit, so the hot path need not ask `field` again.
@@ -107,8 +110,6 @@ class Worker:
         self._engine = Engine(plan, self._reader.route, self._reader.session)
         self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
         self._loaded: set[int] = set()
-        # Last, so that after a failure every packet tries again: the old plan's probes, looked up among the new plan's
-        # routes, could lead to a wrong daemon.
         self._generation = generation
 
     def run(self) -> None:
@@ -121,6 +122,7 @@ class Worker:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
             self._queue.run()
+            self._reader.rest()
             self._give()
             try:
                 self._late.expire(time.monotonic())
@@ -177,7 +179,7 @@ class Worker:
 
     def _judge(self, queued: QueuedPacket) -> Verdict:
         """What becomes of a packet."""
-        if self._counters.generation != self._generation:
+        if self._reader.advance() or self._counters.generation != self._generation:
             self._refresh()
         raw = queued.get_payload()
         packet = wire.parse(raw)

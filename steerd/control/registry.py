@@ -1,30 +1,32 @@
 """The registry: what must outlive a process, and what all workers read, in one LMDB environment.
 
 One writer, the main process; workers read through LMDB's shared memory, without locks. A transaction is on the disk
-before anybody is told of it. Target ids are in control.store, sessions in control.sessions; here are the other two:
+before anybody is told of it. Target ids are in control.store, and the layout of the whole; routes in control.routes,
+leases in control.leases, sessions in control.sessions; what is in them as text, and back, in control.transfer. Here a
+configuration becomes a plan, and is put in force with its routes and sessions in one step.
 
-  routes   router key (core.router)                   ->  target id IPv4 u32 | target id IPv6 u32
-  plan     "plan"                                     ->  core.engine.Plan as msgpack
+**What a worker reads, and when.** The plan says what to look for, and a worker keeps it; where keys lead to is looked
+up in LMDB, decision by decision. Each decision has one read transaction (`Reader.advance` begins it, `Reader.rest` ends
+it), so a route that was put a moment ago counts for the next packet, and all that one transaction changed is seen at
+once. If that transaction shows another plan, it is taken up first: plan and routes always belong together.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import lmdb
 import msgspec
 
 from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import sessions as session_table
+from steerd.control.routes import RouteTable
 from steerd.control.sessions import SessionTable
-from steerd.control.store import IdGiver, Store, open_to_read, target_of
+from steerd.control.store import IdGiver, Store, open_to_read, plan_of, target_of
 from steerd.core.engine import EndpointPlan, Mapping, PayloadParser, Plan, ServicePlan
 from steerd.core.pending import Limits
-from steerd.core.router import compile_routes
+from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
 from steerd.errors import RegistryError
-from steerd.model import Reason, Route, Target
-from steerd.wire.registry import REGISTRY, Parser
+from steerd.model import Reason, Target
 
 _UNEXTENDED = {
     Unextended.PASS: Reason.UNEXTENDED_PASS,
@@ -33,18 +35,23 @@ _UNEXTENDED = {
     Unextended.INSPECT: Reason.LATE,
 }
 
+_DYNAMIC_BIT = DYNAMIC >> 24
+
 
 class Registry:
     """The writer's side; the main process holds the only one."""
 
     def __init__(self, state_dir: str) -> None:
         self._store = Store(state_dir)
-        self._routes = self._store.env.open_db(b"routes")
-        self._plan = self._store.env.open_db(b"plan")
+        self.routes = RouteTable(self._store)
         self.sessions = SessionTable(self._store)
 
     def close(self) -> None:
         self._store.close()
+
+    def reader(self) -> Reader:
+        """What a worker sees, for this process."""
+        return Reader("", self._store.env)
 
     def forget_dead_readers(self) -> int:
         """Free the reader slots of workers that were killed; returns how many."""
@@ -57,19 +64,18 @@ class Registry:
         Raises RegistryError if the mark bits have no room for the ids; then nothing has changed.
         """
         with self._store.lock:
-            with self._store.writing() as txn:
+            with self.routes.changing() as txn:
                 ids = self._store.ids(txn, config.gateway.mark.highest_id)
-                plan = self._publish(txn, ids, config)
+                probes, routes_took_effect = self.routes.publish(txn, ids, config)
+                plan = self._plan(txn, ids, config, probes)
+                self._store.put_plan(txn, plan)
                 sessions_took_effect = self.sessions.publish(txn, ids, config)
+            routes_took_effect()
             sessions_took_effect()
         return plan
 
-    def _publish(self, txn: lmdb.Transaction, ids: IdGiver, config: Config) -> Plan:
-        txn.drop(self._routes, delete=False)
-        services = []
-        for index, service in enumerate(config.services):
-            services.append(self._publish_service(txn, ids, index, service))
-        plan = Plan(
+    def _plan(self, txn: lmdb.Transaction[bytes], ids: IdGiver, config: Config, probes: dict[str, list[Probe]]) -> Plan:
+        return Plan(
             mark_low=config.gateway.mark.low,
             mark_high=config.gateway.mark.high,
             numbers=config.gateway.port_extension,
@@ -78,18 +84,13 @@ class Registry:
                 for index, service in enumerate(config.services)
                 for e in service.endpoints
             ],
-            services=services,
+            services=[self._service_plan(txn, ids, service, probes[service.name]) for service in config.services],
             pending=Limits(*msgspec.structs.astuple(config.gateway.pending)),
         )
-        txn.put(b"plan", msgspec.msgpack.encode(plan), db=self._plan)
-        return plan
 
-    def _publish_service(self, txn: lmdb.Transaction, ids: IdGiver, index: int, service: Service) -> ServicePlan:
-        routes = service.routes
-        compiled = compile_routes(index, routes, service.key_order)
-        packed = [ids.for_targets(route.targets).pack() for route in routes]
-        with txn.cursor(db=self._routes) as cursor:
-            cursor.putmulti(sorted((key, packed[number]) for key, number in compiled.entries))
+    def _service_plan(
+        self, txn: lmdb.Transaction[bytes], ids: IdGiver, service: Service, probes: list[Probe]
+    ) -> ServicePlan:
         mapping = None
         if (pool := service.extension_pool) is not None:
             mapping = Mapping(
@@ -102,11 +103,11 @@ class Registry:
             name=service.name,
             reads_extension=PORT_EXTENSION in service.inspect,
             payload_parsers=[
-                PayloadParser(name, sorted(_patterns(REGISTRY[name], routes)))
+                PayloadParser(name, self.routes.patterns(txn, service, name))
                 for name in service.inspect
                 if name != PORT_EXTENSION
             ],
-            probes=list(compiled.probes),
+            probes=probes,
             mapping=mapping,
             default=ids.for_targets(service.default),
             unmatched=service.unmatched,
@@ -120,40 +121,62 @@ class Registry:
         )
 
 
-def _patterns(parser: Parser, routes: Iterable[Route]) -> set[str]:
-    """The values that routes compare this parser's keys with."""
-    return {condition.value for route in routes for condition in route.conditions if parser.gives(condition.key)}
-
-
 class Reader:
-    """A worker's side. One read transaction stays open; `refresh` moves it on to what was published last. Sessions and
-    the meaning of target ids are read as they are now: nothing else depends on them."""
+    """A worker's side; for one thread of the process that makes it, and not to be taken through fork. Between `rest`
+    and the next `advance` or `refresh` there is no transaction, and no route can be looked up. Sessions and the meaning
+    of target ids are read as they are now: nothing else depends on them."""
 
-    def __init__(self, state_dir: str) -> None:
+    def __init__(self, state_dir: str, env: lmdb.Environment | None = None) -> None:
+        """`env`: the writer's, in the process of the writer, where LMDB allows no second one."""
+        self._is_borrowed = env is not None
         try:
-            self._env = open_to_read(state_dir)
+            self._env = open_to_read(state_dir) if env is None else env
             self._targets = self._env.open_db(b"targets", create=False)
             self._routes = self._env.open_db(b"routes", create=False)
+            self._dynamic = self._env.open_db(b"dynamic", create=False)
             self._plan = self._env.open_db(b"plan", create=False)
             self._sessions = self._env.open_db(b"sessions", create=False)
-            self._txn = self._env.begin()
+            self._txn: lmdb.Transaction[bytes] | None = None
         except lmdb.Error as error:
             raise RegistryError(f"the registry in {state_dir}/registry cannot be read: {error}") from error
+        # The last transaction looked at, and the plan it showed; the plan that was taken up last.
+        self._seen = -1
+        self._serial: bytes | None = None
+        self._taken: bytes | None = None
+
+    def advance(self) -> bool:
+        """See what is in force now; whether its plan is another one than `refresh` returned last."""
+        txn = self._begin()
+        if txn.id() != self._seen:
+            self._seen = txn.id()
+            self._serial = txn.get(b"serial", db=self._plan)
+        return self._serial != self._taken
+
+    def rest(self) -> None:
+        """Look up no route until the next `advance`, and let old pages go."""
+        if self._txn is not None:
+            self._txn.abort()
+            self._txn = None
 
     def refresh(self) -> Plan:
         """See what is in force now, and return its plan; raises RegistryError if nothing was ever published."""
-        self._txn.abort()
-        self._txn = self._env.begin()
-        blob = self._txn.get(b"plan", db=self._plan)
-        if blob is None:
+        txn = self._begin()
+        plan = plan_of(txn, self._plan)
+        if plan is None:
             raise RegistryError("the registry holds no plan: the main process publishes one before it starts workers")
-        plan: Plan = msgspec.msgpack.decode(blob, type=Plan)
+        self._seen = txn.id()
+        self._serial = self._taken = txn.get(b"serial", db=self._plan)
         return plan
 
+    def _begin(self) -> lmdb.Transaction[bytes]:
+        self.rest()
+        self._txn = self._env.begin()
+        return self._txn
+
     def route(self, key: bytes) -> bytes | None:
-        """The packed TargetIds behind a router key."""
-        entry: bytes | None = self._txn.get(key, db=self._routes)
-        return entry
+        """What a router key leads to: packed TargetIds, and what else the table keeps with them."""
+        assert self._txn is not None, "a route is looked up where no decision is being made"
+        return self._txn.get(key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes)
 
     def session(self, service: str, session_id: str) -> Session | None:
         """The session of a service that has this id, as it is at this moment."""
@@ -166,5 +189,6 @@ class Reader:
             return target_of(txn, self._targets, target_id)
 
     def close(self) -> None:
-        self._txn.abort()
-        self._env.close()
+        self.rest()
+        if not self._is_borrowed:
+            self._env.close()

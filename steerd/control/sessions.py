@@ -20,6 +20,7 @@ begin anew.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,7 @@ _decode = msgspec.msgpack.Decoder(_Record).decode
 _decode_session = msgspec.msgpack.Decoder(Session).decode
 
 
-def find(txn: lmdb.Transaction, sessions: Any, service: str, session_id: str) -> Session | None:
+def find(txn: lmdb.Transaction[bytes], sessions: Any, service: str, session_id: str) -> Session | None:
     """The session with this id, whatever characters a client may have put into it."""
     if len(session_id) > MAX_ID or not session_id.isascii():
         return None
@@ -99,7 +100,7 @@ class SessionTable:
         self._config: Config | None = None
         self._services: dict[str, Service] = {}
 
-    def publish(self, txn: lmdb.Transaction, ids: IdGiver, config: Config) -> Callable[[], None]:
+    def publish(self, txn: lmdb.Transaction[bytes], ids: IdGiver, config: Config) -> Callable[[], None]:
         """Make the configuration's sessions what it says, inside the transaction that puts the configuration in force.
 
         Returns what to call, still under the store's lock, once the transaction is on the disk.
@@ -110,7 +111,7 @@ class SessionTable:
             if service.sessions is not None
             for entry in service.sessions.entries
         }
-        places = _Places(config)
+        places = Places(config)
         gone, changed = [], []
         for key, record in self._records(txn):
             if key in written:
@@ -151,7 +152,7 @@ class SessionTable:
             ids = self._store.ids(txn, config.gateway.mark.highest_id)
             # Without the old one: a new serial, and the source as it is written now.
             self._delete(txn, key)
-            record = self._record(txn, ids, _Places(config), key, entry, of_configuration=False)
+            record = self._record(txn, ids, Places(config), key, entry, of_configuration=False)
             self._write(txn, key, record)
             return self._view(txn, service, session_id, record), old is None
 
@@ -229,9 +230,9 @@ class SessionTable:
 
     def _record(
         self,
-        txn: lmdb.Transaction,
+        txn: lmdb.Transaction[bytes],
         ids: IdGiver,
-        places: _Places,
+        places: Places,
         key: bytes,
         entry: SessionEntry,
         *,
@@ -255,21 +256,21 @@ class SessionTable:
             external6=external.get(6, False),
         )
 
-    def _is_usable(self, txn: lmdb.Transaction, record: _Record, places: _Places) -> bool:
+    def _is_usable(self, txn: lmdb.Transaction[bytes], record: _Record, places: Places) -> bool:
         return all(
             places.usable(txn, self._store, target_id, external)
             for target_id, external in ((record.ipv4, record.external4), (record.ipv6, record.external6))
             if target_id
         )
 
-    def _existing(self, txn: lmdb.Transaction, service: str, session_id: str) -> _Record:
+    def _existing(self, txn: lmdb.Transaction[bytes], service: str, session_id: str) -> _Record:
         is_possible = session_id.isascii() and len(session_id) <= MAX_ID
         record = self._get(txn, _key(service, session_id)) if is_possible else None
         if record is None:
             raise RequestError("not_found", "id", f"The service {service} has no session of this id.")
         return record
 
-    def _view(self, txn: lmdb.Transaction, service: str, session_id: str, record: _Record) -> SessionView:
+    def _view(self, txn: lmdb.Transaction[bytes], service: str, session_id: str, record: _Record) -> SessionView:
         targets = (self._store.target(txn, target_id) for target_id in (record.ipv4, record.ipv6) if target_id)
         return SessionView(
             service=service,
@@ -280,19 +281,19 @@ class SessionTable:
             usable=record.usable,
         )
 
-    def _records(self, txn: lmdb.Transaction) -> Iterator[tuple[bytes, _Record]]:
+    def _records(self, txn: lmdb.Transaction[bytes]) -> Iterator[tuple[bytes, _Record]]:
         with txn.cursor(db=self._sessions) as cursor:
             for key, value in cursor:
                 yield bytes(key), _decode(value)
 
-    def _get(self, txn: lmdb.Transaction, key: bytes) -> _Record | None:
+    def _get(self, txn: lmdb.Transaction[bytes], key: bytes) -> _Record | None:
         found = txn.get(key, db=self._sessions)
         return None if found is None else _decode(found)
 
-    def _write(self, txn: lmdb.Transaction, key: bytes, record: _Record) -> None:
+    def _write(self, txn: lmdb.Transaction[bytes], key: bytes, record: _Record) -> None:
         txn.put(key, _encode(record), db=self._sessions)
 
-    def _delete(self, txn: lmdb.Transaction, key: bytes) -> None:
+    def _delete(self, txn: lmdb.Transaction[bytes], key: bytes) -> None:
         txn.delete(key, db=self._sessions)
 
 
@@ -302,7 +303,7 @@ def _in_configuration(config: Config, service: str, session_id: str) -> RequestE
     )
 
 
-class _Places:
+class Places:
     """Where a configuration allows targets to be, ready to be asked about many."""
 
     def __init__(self, config: Config) -> None:
@@ -320,12 +321,19 @@ class _Places:
             self._lasts[version] = [last for _, last in blocks]
         self._known: dict[tuple[int, bool], bool] = {}
 
+    def fingerprint(self) -> bytes:
+        """Bytes that change whenever what is allowed changes."""
+        endpoints = sorted(address.packed for address in self._endpoints)
+        blocks = [[str(number) for number in numbers[v]] for numbers in (self._firsts, self._lasts) for v in (4, 6)]
+        allowed = msgspec.msgpack.encode([self._highest_id, endpoints, blocks])
+        return hashlib.blake2b(allowed, digest_size=16).digest()
+
     def in_pool(self, address: IPAddress) -> bool:
         """Whether an address is an alias of some pool."""
         position = bisect_right(self._firsts[address.version], int(address)) - 1
         return position >= 0 and int(address) <= self._lasts[address.version][position]
 
-    def usable(self, txn: lmdb.Transaction, store: Store, target_id: int, external: bool) -> bool:
+    def usable(self, txn: lmdb.Transaction[bytes], store: Store, target_id: int, external: bool) -> bool:
         """Whether connections may be steered to a target; `external`: it may lie outside the pools."""
         known = self._known.get((target_id, external))
         if known is None:

@@ -155,7 +155,6 @@ class _Ranges(NamedTuple):
 class _Service(NamedTuple):
     """A ServicePlan with its parsers made."""
 
-    number: int
     plan: ServicePlan
     inspectors: list[tuple[Inspect, bool]]
     """Each with whether it is exclusive."""
@@ -196,13 +195,12 @@ class Engine:
         self._numbers = plan.numbers
         self._services = [
             _Service(
-                index,
                 service,
                 [_inspector(parser) for parser in service.payload_parsers if parser.name != proxy.PARSER.name],
                 any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
                 _trusted(service.trusted_proxies),
             )
-            for index, service in enumerate(plan.services)
+            for service in plan.services
         ]
         self._ranges: dict[tuple[bytes, int], _Ranges] = {}
         for endpoint in sorted(plan.endpoints, key=lambda endpoint: endpoint.first_port):
@@ -289,9 +287,9 @@ class Engine:
                 decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed)
                 return decision._replace(claim=ruling.claim)
         if plan.probes:
-            entry = lookup(service.number, plan.probes, keys, reading.source, self._get)
+            entry = lookup(plan.probes, keys, reading.source, self._get)
             if entry is not None:
-                target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:], "big")
+                target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:8], "big")
                 return self._steer(plan, Reason.ROUTE, target_id, keys, malformed)
         if plan.mapping is not None:
             target_id = plan.mapping.target_id(extension, packet.dport, packet.version)

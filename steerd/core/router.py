@@ -24,9 +24,20 @@ source address to that shape, and ask one flat table (bytes to bytes; it lives i
 shape cannot both match unless they are duplicates, so the first probe in the order above that finds something has
 found the best route. The cost of a lookup is the number of shapes, whatever the number of routes.
 
+Two kinds of route stand side by side: *static* ones, of the configuration, which change all at once with it, and
+*dynamic* ones, which come and go one by one. The rules above do not tell them apart: a dynamic route that equals any
+other, or ties with one, is refused (`rivals` and `sight` say how that is found out without comparing it with a million
+others). Only a new configuration can bring a static route that a dynamic one equals or ties with; then the static one
+of two equal ones counts, and of two that tie, the one whose shape comes first in the order of their parts.
+
+The number of a shape is given once for each service and shape (control.store keeps it) and never gets a second meaning,
+so that dynamic routes stay where they are in the table whatever shapes come and go. A probe looks in one half of the
+table: static and dynamic routes of one shape make two probes, one behind the other.
+
 A key of the table:
 
-    service index u16 | number of the probe u16 | source prefix, cut to its length, 4 or 16 bytes (or none) | values
+    number of the shape u32, for dynamic routes + DYNAMIC | source prefix, cut to its length, 4 or 16 bytes (or none) |
+    values
 
 in network order. Values are netstrings (`3:abc`, length in bytes of UTF-8) in the order of their keys' names. Where
 they do not fit into what LMDB allows, `#` and a 16-byte BLAKE2b of them stand in their place; no netstring begins
@@ -37,21 +48,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import ipaddress
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from steerd.model import IPNetwork, Keys, Match, Route
+from steerd.model import Condition, IPNetwork, Keys, Match, Route
 from steerd.wire.parser import covers
 
 MAX_KEY = 511
 """The longest key that LMDB takes (`mdb_env_get_maxkeysize`, as built by default)."""
 MAX_PROBES = 4096
 """The most shapes that a service's routes may have: every lookup may have to try them all."""
+DYNAMIC = 1 << 31
+"""Set in the number of a shape where dynamic routes are meant; numbers of shapes are smaller."""
 
-_MAX_VALUES = MAX_KEY - 2 - 2 - 16
+_MAX_VALUES = MAX_KEY - 4 - 16
 _NO_SOURCE = -1
 """The "length" of a source prefix that is not there: shorter than /0."""
 
@@ -71,7 +85,7 @@ class Probe(msgspec.Struct, frozen=True, array_like=True):
     """One shape of routes, ready to be looked up (and to be sent to workers: msgspec encodes it)."""
 
     number: bytes
-    """Two bytes, network order: unique within the service."""
+    """Four bytes, network order: the number of the shape, with DYNAMIC or without."""
     parts: tuple[Part, ...]
     """Sorted by key; no key twice."""
     source_width: int
@@ -97,14 +111,28 @@ class Conflict(NamedTuple):
     """True: same conditions and source. False: a tie between different ones."""
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
+    """All that the rules of precedence look at."""
+
     parts: tuple[Part, ...]
+    """Sorted by key; no key twice."""
     version: int
+    """Of the source prefix; 0 without one."""
     source_length: int
+    """Of the source prefix in bits; -1 without one."""
+
+    @property
+    def source_width(self) -> int:
+        """Bytes of a source address; 0 without a source prefix."""
+        return {0: 0, 4: 4, 6: 16}[self.version]
+
+    @property
+    def source_shift(self) -> int:
+        """How many low bits of a source address are not part of the prefix."""
+        return self.source_width * 8 - self.source_length if self.version else 0
 
 
 def lookup(
-    service_index: int,
     probes: Iterable[Probe],
     keys: Keys,
     source: bytes,
@@ -112,9 +140,9 @@ def lookup(
 ) -> bytes | None:
     """What the table holds for the best matching route, or None where no route matches.
 
-    `probes` as compiled for this service, `source` the packed client address (4 or 16 bytes), `get` the table.
+    `probes` as made for this service, `source` the packed client address (4 or 16 bytes), `get` the
+    table: both halves of it, told apart by the key, as they are at one moment.
     """
-    service = service_index.to_bytes(2, "big")
     width = len(source)
     for probe in probes:
         if probe.source_width and probe.source_width != width:
@@ -129,35 +157,64 @@ def lookup(
             values += _netstring(text)
         else:
             prefix = _source_prefix(source, probe.source_shift) if probe.source_width else b""
-            found = get(_table_key(service, probe.number, prefix, values))
+            found = get(_table_key(probe.number, prefix, values))
             if found is not None:
                 return found
     return None
 
 
-def compile_routes(service_index: int, routes: Sequence[Route], inspect_keys: InspectKeys) -> Compiled:
-    """Probes and table entries for one service (index 0..65535). The routes are without conflicts, and no route names
-    a key twice. Raises ValueError for a key that no parser gives, and for more than MAX_PROBES shapes."""
-    shapes = [_shape(route) for route in routes]
+def compile_routes(routes: Sequence[Route], inspect_keys: InspectKeys, number_of: Callable[[Shape], int]) -> Compiled:
+    """Probes and table entries for the static routes of one service, which are without conflicts; no route names a key
+    twice. `number_of` gives shapes their numbers. Raises ValueError for a key that no parser gives, and for more than
+    MAX_PROBES shapes."""
+    shapes = [shape_of(route) for route in routes]
+    numbers = {shape: number_of(shape) for shape in dict.fromkeys(shapes)}
+    probes = make_probes(numbers.items(), inspect_keys)
+    entries = [
+        (table_key(numbers[shape], shape, route), index)
+        for index, (shape, route) in enumerate(zip(shapes, routes, strict=True))
+    ]
+    return Compiled(probes, entries)
+
+
+def make_probes(numbered: Iterable[tuple[Shape, int]], inspect_keys: InspectKeys) -> tuple[Probe, ...]:
+    """The probes of one service in the order in which they are tried, from shapes and their numbers (those of dynamic
+    routes with DYNAMIC). Raises ValueError for a key that no parser gives, and for more than MAX_PROBES."""
     precedence = _by_precedence(inspect_keys)
-    # After the five rules only shapes that never match together are left equal; their order must merely be stable.
+    # After the five rules only shapes are left equal that never match together, or that a new configuration made tie:
+    # any order will do, but always the same one; and static before dynamic.
     ordered = sorted(
-        set(shapes), key=lambda shape: (precedence(shape), [_order(part) for part in shape.parts], shape[1:])
+        numbered,
+        key=lambda pair: (precedence(pair[0]), canonical(pair[0]), pair[1]),
     )
     if len(ordered) > MAX_PROBES:
         raise ValueError(f"Routes of {len(ordered)} different shapes; at most {MAX_PROBES} can be looked up.")
-    probes = {shape: _probe(number, shape) for number, shape in enumerate(ordered)}
-    service = service_index.to_bytes(2, "big")
-    entries = [
-        (_entry_key(service, probes[shape], route), index)
-        for index, (shape, route) in enumerate(zip(shapes, routes, strict=True))
-    ]
-    return Compiled(tuple(probes.values()), entries)
+    return tuple(
+        Probe(number.to_bytes(4, "big"), shape.parts, shape.source_width, shape.source_shift)
+        for shape, number in ordered
+    )
+
+
+def can_rank(shape: Shape, inspect_keys: InspectKeys) -> bool:
+    """Whether every key of a shape is one that these parsers give."""
+    return all(key_rank(part.key, inspect_keys) is not None for part in shape.parts)
+
+
+def canonical(shape: Shape) -> tuple[object, ...]:
+    """A sort key for the shapes of one service that depends on nothing but the shapes."""
+    return [_order(part) for part in shape.parts], shape.version, shape.source_length
 
 
 def count_shapes(routes: Iterable[Route]) -> int:
     """How many probes a lookup among these routes may need."""
-    return len({_shape(route) for route in routes})
+    return len({shape_of(route) for route in routes})
+
+
+def rivals(shape: Shape, others: Iterable[Shape], inspect_keys: InspectKeys) -> list[Shape]:
+    """Those of other shapes whose routes might tie with a route of this one. All shapes must be `can_rank`."""
+    precedence = _by_precedence(inspect_keys)
+    mine = precedence(shape)
+    return [other for other in others if other != shape and other[1:] == shape[1:] and precedence(other) == mine]
 
 
 def key_rank(key: str, inspect_keys: InspectKeys) -> int | None:
@@ -178,7 +235,7 @@ def conflicts(routes: Sequence[Route], inspect_keys: InspectKeys) -> list[Confli
     precedence = _by_precedence(inspect_keys)
     first_with: dict[tuple[frozenset[object], IPNetwork | None], int] = {}
     classes: dict[object, list[int]] = defaultdict(list)
-    shapes = [_shape(route) for route in routes]
+    shapes = [shape_of(route) for route in routes]
     found = []
     for index, route in enumerate(routes):
         first = first_with.setdefault((frozenset(route.conditions), route.source), index)
@@ -187,8 +244,8 @@ def conflicts(routes: Sequence[Route], inspect_keys: InspectKeys) -> list[Confli
         else:
             classes[precedence(shapes[index])].append(index)
     for equals in classes.values():
-        for rivals in _split_by_common_keys(equals, routes):
-            found.extend(_ties(rivals, routes, shapes))
+        for group in _split_by_common_keys(equals, routes):
+            found.extend(_ties(group, routes, shapes))
     return sorted(found)
 
 
@@ -208,11 +265,11 @@ def _exact_keys(route: Route) -> set[str]:
     return {condition.key for condition in route.conditions if condition.match is Match.EXACT}
 
 
-def _ties(indices: list[int], routes: Sequence[Route], shapes: Sequence[_Shape]) -> Iterable[Conflict]:
+def _ties(indices: list[int], routes: Sequence[Route], shapes: Sequence[Shape]) -> Iterable[Conflict]:
     """Ties among routes of one precedence and one source, without duplicates."""
     # A route is asked about one by one against the shapes before it, and no further once one has it, so that a
     # thousand shapes which all tie with each other do not take a million comparisons.
-    seen: dict[_Shape, _Seen] = {}
+    seen: dict[Shape, _Seen] = {}
     for index in indices:
         route, shape = routes[index], shapes[index]
         others = (seen[other].tied_with(route, shape) for other in seen if other != shape)
@@ -225,36 +282,37 @@ def _ties(indices: list[int], routes: Sequence[Route], shapes: Sequence[_Shape])
 class _Seen:
     """Routes of one shape, to be asked whether one of them could match together with a route of another shape."""
 
-    def __init__(self, shape: _Shape) -> None:
+    def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._routes: list[tuple[int, Route]] = []
-        self._views: dict[_Shape, dict[tuple[str, ...], int]] = {}
+        self._views: dict[Shape, dict[tuple[str, ...], int]] = {}
 
     def add(self, index: int, route: Route) -> None:
         self._routes.append((index, route))
         for other, view in self._views.items():
             self._put(view, index, route, other)
 
-    def tied_with(self, route: Route, shape: _Shape) -> int | None:
+    def tied_with(self, route: Route, shape: Shape) -> int | None:
         """The first route of this shape that could match together with one of another shape."""
         view = self._views.get(shape)
         if view is None:
             view = self._views[shape] = {}
             for index, mine in self._routes:
                 self._put(view, index, mine, shape)
-        seen = _seen_by(route, self._shape)
+        seen = sight(route, self._shape)
         return None if seen is None else view.get(seen)
 
     @staticmethod
-    def _put(view: dict[tuple[str, ...], int], index: int, route: Route, other: _Shape) -> None:
-        seen = _seen_by(route, other)
+    def _put(view: dict[tuple[str, ...], int], index: int, route: Route, other: Shape) -> None:
+        seen = sight(route, other)
         if seen is not None:
             view.setdefault(seen, index)
 
 
-def _seen_by(route: Route, other: _Shape) -> tuple[str, ...] | None:
-    """What routes of another shape can see of a route's values: two routes of two shapes could both match exactly if
-    each sees the same of the other. None: no route of that shape could match together with this one."""
+def sight(route: Route, other: Shape) -> tuple[str, ...] | None:
+    """What routes of another shape can see of a route's values: two routes of two shapes, with the same source or none,
+    could both match exactly if each sees the same of the other. None: no route of that shape could match together with
+    this one."""
     parts = {part.key: part for part in other.parts}
     seen = []
     for condition in sorted(route.conditions):
@@ -277,7 +335,7 @@ def _seen_by(route: Route, other: _Shape) -> tuple[str, ...] | None:
     return tuple(seen)
 
 
-def _by_precedence(inspect_keys: InspectKeys) -> Callable[[_Shape], tuple[object, ...]]:
+def _by_precedence(inspect_keys: InspectKeys) -> Callable[[Shape], tuple[object, ...]]:
     """A sort key for shapes: the five rules, smaller is better."""
 
     @functools.cache
@@ -288,7 +346,7 @@ def _by_precedence(inspect_keys: InspectKeys) -> Callable[[_Shape], tuple[object
         return found
 
     @functools.cache
-    def precedence(shape: _Shape) -> tuple[object, ...]:
+    def precedence(shape: Shape) -> tuple[object, ...]:
         return (
             any(part.match is not Match.EXACT for part in shape.parts),
             -sum(part.length for part in shape.parts),
@@ -297,45 +355,70 @@ def _by_precedence(inspect_keys: InspectKeys) -> Callable[[_Shape], tuple[object
             sorted_ranks(shape),
         )
 
-    def sorted_ranks(shape: _Shape) -> tuple[int, ...]:
+    def sorted_ranks(shape: Shape) -> tuple[int, ...]:
         return tuple(sorted(rank(part.key) for part in shape.parts))
 
     return precedence
 
 
-def _shape(route: Route) -> _Shape:
+def shape_of(route: Route) -> Shape:
+    """The shape of a route."""
     parts = [Part(key, match, 0 if match is Match.EXACT else len(value)) for key, match, value in route.conditions]
     parts.sort(key=_order)
     if route.source is None:
-        return _Shape(tuple(parts), 0, _NO_SOURCE)
-    return _Shape(tuple(parts), route.source.version, route.source.prefixlen)
+        return Shape(tuple(parts), 0, _NO_SOURCE)
+    return Shape(tuple(parts), route.source.version, route.source.prefixlen)
 
 
 def _order(part: Part) -> tuple[str, str, int]:
     return part.key, part.match.value, part.length
 
 
-def _probe(number: int, shape: _Shape) -> Probe:
-    width = {0: 0, 4: 4, 6: 16}[shape.version]
-    return Probe(number.to_bytes(2, "big"), shape.parts, width, width * 8 - shape.source_length if width else 0)
-
-
-def _entry_key(service: bytes, probe: Probe, route: Route) -> bytes:
-    by_key = {condition.key: condition.value for condition in route.conditions}
-    values = b"".join(_netstring(by_key[part.key]) for part in probe.parts)
+def table_key(number: int, shape: Shape, route: Route) -> bytes:
+    """Where a route of a shape with this number stands in the table."""
     source = route.source
-    prefix = b"" if source is None else _source_prefix(source.network_address.packed, probe.source_shift)
-    return _table_key(service, probe.number, prefix, values)
+    prefix = b"" if source is None else _source_prefix(source.network_address.packed, shape.source_shift)
+    return _table_key(number.to_bytes(4, "big"), prefix, values_of(route))
 
 
-def _table_key(service: bytes, probe_number: bytes, prefix: bytes, values: bytes) -> bytes:
+def values_of(route: Route) -> bytes:
+    """A route's values as a table key has them where they are short enough."""
+    return b"".join(_netstring(condition.value) for condition in sorted(route.conditions))
+
+
+def has_digest(shape: Shape, key: bytes) -> bool:
+    """Whether a table key has a digest in the place of the route's values."""
+    return key[4 + shape.source_width :].startswith(b"#")
+
+
+def route_at(shape: Shape, key: bytes, values: bytes = b"") -> Route:
+    """The route (without name and targets) that stands at a key of the table; `values` if the key has a digest."""
+    end = 4 + shape.source_width
+    texts = _texts(values or key[end:])
+    conditions = tuple(Condition(part.key, part.match, text) for part, text in zip(shape.parts, texts, strict=True))
+    if not shape.version:
+        return Route("", conditions, None, ())
+    number = int.from_bytes(key[4:end], "big") << shape.source_shift
+    address = ipaddress.ip_address(number.to_bytes(shape.source_width, "big"))
+    return Route("", conditions, ipaddress.ip_network((address, shape.source_length)), ())
+
+
+def _table_key(number: bytes, prefix: bytes, values: bytes) -> bytes:
     if len(values) > _MAX_VALUES:
         values = b"#" + hashlib.blake2b(values, digest_size=16).digest()
-    return service + probe_number + prefix + values
+    return number + prefix + values
 
 
 def _source_prefix(source: bytes, shift: int) -> bytes:
     return (int.from_bytes(source, "big") >> shift).to_bytes(len(source), "big")
+
+
+def _texts(netstrings: bytes) -> Iterator[str]:
+    at = 0
+    while at < len(netstrings):
+        colon = netstrings.index(b":", at)
+        at = colon + 1 + int(netstrings[at:colon])
+        yield netstrings[colon + 1 : at].decode("utf-8", "surrogatepass")
 
 
 def _netstring(text: str) -> bytes:

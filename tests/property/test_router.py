@@ -8,7 +8,20 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerd.core.router import compile_routes, conflicts, lookup
+from steerd.core.router import (
+    DYNAMIC,
+    Shape,
+    compile_routes,
+    conflicts,
+    lookup,
+    make_probes,
+    rivals,
+    route_at,
+    shape_of,
+    sight,
+    table_key,
+    values_of,
+)
 from steerd.model import Condition, IPNetwork, Keys, Match, Route
 
 # Not in the order of the alphabet, so that the two orders cannot be taken for each other.
@@ -34,6 +47,15 @@ CLIENTS = tuple(
         "2001:db9::",
     )
 )
+
+
+class Numbers(dict[Shape, int]):
+    """Gives every shape that is asked for a number of its own."""
+
+    def __missing__(self, shape: Shape) -> int:
+        self[shape] = 1 + len(self)
+        return self[shape]
+
 
 texts = st.text("ab", max_size=3)
 conditions = st.builds(
@@ -112,12 +134,12 @@ def test_lookup_finds_what_the_rules_say(
     for route in drawn:
         if not any(in_conflict(route, other) for other in routes):
             routes.append(route)
-    compiled = compile_routes(7, routes, INSPECT)
+    compiled = compile_routes(routes, INSPECT, Numbers().__getitem__)
     table = {key: str(index).encode() for key, index in compiled.entries}
     assert len(table) == len(routes)
     for keys, client in connections:
         expected = min((route for route in routes if matches(route, keys, client)), key=rules, default=None)
-        found = lookup(7, compiled.probes, keys, client.packed, table.get)
+        found = lookup(compiled.probes, keys, client.packed, table.get)
         assert (None if found is None else routes[int(found)]) == expected
 
 
@@ -175,11 +197,64 @@ def test_any_text_is_looked_up_and_never_confused_with_another(pairs: list[tuple
         Route(f"routes[{i}]", (Condition("q", Match.EXACT, q), Condition("p.a", Match.EXACT, a)), None, ())
         for i, (q, a) in enumerate(pairs)
     ]
-    compiled = compile_routes(0, routes, INSPECT)
+    compiled = compile_routes(routes, INSPECT, Numbers().__getitem__)
     table = {key: str(index).encode() for key, index in compiled.entries}
     assert len(table) == len(routes)
     assert all(len(key) <= 511 for key in table)
     for index, (q, a) in enumerate(pairs):
-        assert lookup(0, compiled.probes, {"q": q, "p.a": a}, b"\x00" * 4, table.get) == str(index).encode()
+        assert lookup(compiled.probes, {"q": q, "p.a": a}, b"\x00" * 4, table.get) == str(index).encode()
         if (stray, a) not in pairs:
-            assert lookup(0, compiled.probes, {"q": stray, "p.a": a}, b"\x00" * 4, table.get) is None
+            assert lookup(compiled.probes, {"q": stray, "p.a": a}, b"\x00" * 4, table.get) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(routes_strategy)
+def test_a_route_at_a_time_the_same_conflicts_are_found(routes: list[Route]) -> None:
+    """As the registry finds them: by the key of the table, and by what two shapes see of each other."""
+    found = []
+    for index, route in enumerate(routes):
+        shape = shape_of(route)
+        before = routes[:index]
+        if any(shape_of(other) == shape and key_of(other) == key_of(route) for other in before) or any(
+            shape_of(other) in rivals(shape, {shape_of(other) for other in before}, INSPECT)
+            and other.source == route.source
+            and (seen := sight(route, shape_of(other))) is not None
+            and sight(other, shape) == seen
+            for other in before
+        ):
+            found.append(index)
+    assert found == [conflict.route for conflict in conflicts(routes, INSPECT)]
+
+
+def key_of(route: Route) -> bytes:
+    return table_key(1 | DYNAMIC, shape_of(route), route)
+
+
+@given(routes_strategy)
+def test_a_route_comes_back_out_of_its_key(routes: list[Route]) -> None:
+    for route in routes:
+        back = route_at(shape_of(route), key_of(route), values_of(route))
+        assert (sorted(back.conditions), back.source) == (sorted(route.conditions), route.source)
+
+
+@settings(deadline=None)
+@given(routes_strategy, st.lists(st.booleans(), min_size=12, max_size=12), keys_strategy, st.sampled_from(CLIENTS))
+def test_static_or_dynamic_the_best_route_is_the_same(
+    routes: list[Route],
+    dynamic: list[bool],
+    keys: Keys,
+    client: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> None:
+    conflicting = {conflict.route for conflict in conflicts(routes, INSPECT)}
+    numbers = Numbers()
+    numbered, table = set(), {}
+    for index, route in enumerate(routes):
+        if index not in conflicting:
+            shape = shape_of(route)
+            number = numbers[shape] | (DYNAMIC if dynamic[index] else 0)
+            numbered.add((shape, number))
+            table[table_key(number, shape, route)] = str(index).encode()
+    found = lookup(make_probes(numbered, INSPECT), keys, client.packed, table.get)
+    matching = [i for i, route in enumerate(routes) if i not in conflicting and matches(route, keys, client)]
+    best = min(matching, key=lambda index: rules(routes[index]), default=None)
+    assert found == (None if best is None else str(best).encode())

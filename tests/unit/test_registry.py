@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import lzma
 import multiprocessing
 import random
 import struct
@@ -25,11 +26,13 @@ from steerd.control.store import SCHEMA
 from steerd.core.engine import NO_TARGET, Engine, IdBlock, Plan, TargetIds
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.errors import RegistryError
-from steerd.model import TCP, Extension, IPAddress, Outcome, Target
+from steerd.model import TCP, Answer, Extension, IPAddress, Outcome, Target
 from steerd.wire import portext
 from steerd.wire.packet import SYN, Packet
 
 ENDPOINT = ipaddress.ip_address("203.0.113.10")
+ENDPOINT6 = ipaddress.ip_address("2001:db8::10")
+OLD = Path(__file__).parents[1] / "vectors" / "registry"
 _fork = multiprocessing.get_context("fork")
 
 
@@ -74,6 +77,17 @@ def steered_to(reader: Reader, engine: Engine, extension: int) -> Target | None:
     target = reader.target(decision.target_id)
     assert target is not None
     return target
+
+
+def requested(reader: Reader, engine: Engine, host: str, source: str = "198.51.100.1", version: int = 4) -> str | None:
+    """Where an HTTP request goes; None: nowhere."""
+    endpoint = ENDPOINT if version == 4 else ENDPOINT6
+    packet = Packet(
+        version, ipaddress.ip_address(source).packed, endpoint.packed, TCP, 1, 443, 0, 1, 0, b"", b"", b"", b""
+    )
+    decision = engine.decide_first(packet, f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert decision is not Answer.NEED_MORE
+    return str(reader.target(decision.target_id)) if decision.outcome is Outcome.STEER else None
 
 
 def simple(name: str = "s", *, pool: str = "10.64.0.0/24", more: str = "", gateway: str = "") -> str:
@@ -239,15 +253,45 @@ def test_an_id_given_under_wider_mark_bits_is_refused_under_narrower_ones(tmp_pa
 # ---- opening ----
 
 
-def test_a_registry_of_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_registry_of_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     publish(tmp_path, simple(more=BY_EXTENSION))
     with lmdb.open(str(tmp_path / "registry"), max_dbs=8) as env, env.begin(write=True) as txn:
         txn.put(b"schema", struct.pack("!I", SCHEMA + 1), db=env.open_db(b"meta", txn=txn))
+    before = (tmp_path / "registry" / "data.mdb").read_bytes()
+    sentence = (
+        f"registry has schema {SCHEMA + 1}, and this steerd reads schemas up to {SCHEMA}: it was written by a newer"
+        " steerd, which must be used again$"
+    )
     for _ in range(2):  # the second time: the first one has let go of the files
-        with pytest.raises(
-            RegistryError, match=f"registry has schema {SCHEMA + 1}, and this steerd reads schema {SCHEMA}$"
-        ):
+        with pytest.raises(RegistryError, match=sentence):
             Registry(str(tmp_path))
+    assert (tmp_path / "registry" / "data.mdb").read_bytes() == before
+
+
+def test_a_registry_of_an_older_schema_is_brought_up_to_this_one(tmp_path: Path) -> None:
+    """tests/vectors/registry holds one that was written by the last steerd before schema 2."""
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "data.mdb").write_bytes(lzma.decompress((OLD / "schema-1.mdb.xz").read_bytes()))
+    registry = Registry(str(tmp_path))
+    plan = registry.publish(config.load(OLD / "schema-1.toml"))
+    sessions = [(each.id, each.targets, each.source, each.origin) for each in registry.sessions.page("web", "", 10)]
+    assert sessions == [
+        ("of-the-api", ["10.64.0.8:8080"], "198.51.100.7", "api"),
+        ("of-the-file", ["10.64.0.7:8080"], None, "configuration"),
+    ]
+    registry.routes.put("web", {"http.host": "new.example"}, "10.64.0.9:8080", None)
+    registry.close()
+    # The ids that it gave then are those that it gives now.
+    assert plan.services[0].mapping is not None
+    assert plan.services[0].mapping.ipv4 == [IdBlock(19, 256)]
+    assert plan.services[0].default == TargetIds(531, NO_TARGET)
+    with reading(tmp_path) as reader:
+        engine = Engine(reader.refresh(), reader.route)
+        for host, target in (("a.example", 2), ("x.b.example", 3), ("new.example", 9), ("other.example", 1)):
+            assert requested(reader, engine, host) == f"10.64.0.{target}:8080"
+    Registry(str(tmp_path)).close()
+    with lmdb.open(str(tmp_path / "registry"), max_dbs=8) as env, env.begin() as txn:
+        assert txn.get(b"schema", db=env.open_db(b"meta", txn=txn)) == struct.pack("!I", SCHEMA)
 
 
 def test_a_state_directory_that_cannot_be_one_is_a_sentence(tmp_path: Path) -> None:

@@ -8,7 +8,25 @@ import msgspec
 import pytest
 
 from steerd.core import router
-from steerd.core.router import Conflict, Probe, compile_routes, conflicts, count_shapes, key_rank, lookup
+from steerd.core.router import (
+    DYNAMIC,
+    Compiled,
+    Conflict,
+    Probe,
+    Shape,
+    can_rank,
+    compile_routes,
+    conflicts,
+    count_shapes,
+    has_digest,
+    key_rank,
+    lookup,
+    make_probes,
+    route_at,
+    shape_of,
+    table_key,
+    values_of,
+)
 from steerd.model import Condition, Keys, Match, Route
 
 INSPECT = (
@@ -34,10 +52,22 @@ def route(source: str | None = None, **conditions: str) -> Route:
     return Route("r", tuple(held), None if source is None else ipaddress.ip_network(source), ())
 
 
+class Numbers(dict[Shape, int]):
+    """Gives every shape that is asked for a number of its own, from 1 on."""
+
+    def __missing__(self, shape: Shape) -> int:
+        self[shape] = 1 + len(self)
+        return self[shape]
+
+
+def compiled_alone(routes: list[Route]) -> Compiled:
+    return compile_routes(routes, INSPECT, Numbers().__getitem__)
+
+
 def find(routes: list[Route], keys: Keys, source: bytes = CLIENT) -> int | None:
-    compiled = compile_routes(3, routes, INSPECT)
+    compiled = compiled_alone(routes)
     table = {key: bytes([index]) for key, index in compiled.entries}
-    found = lookup(3, compiled.probes, keys, source, table.get)
+    found = lookup(compiled.probes, keys, source, table.get)
     return None if found is None else found[0]
 
 
@@ -132,7 +162,7 @@ def test_a_source_alone_is_a_route_of_its_family() -> None:
 def test_the_cost_is_the_number_of_shapes() -> None:
     routes = [route(http__host=f"h{i}.example") for i in range(1000)] + [route(http__host="*.b.example")]
     assert count_shapes(routes) == 2
-    compiled = compile_routes(0, routes, INSPECT)
+    compiled = compiled_alone(routes)
     assert len(compiled.probes) == 2
     asked: list[bytes] = []
 
@@ -140,13 +170,13 @@ def test_the_cost_is_the_number_of_shapes() -> None:
         asked.append(key)
         return None
 
-    assert lookup(0, compiled.probes, {"http.host": "h.c.example"}, CLIENT, get) is None
-    assert asked == [b"\x00\x00\x00\x0011:h.c.example", b"\x00\x00\x00\x0110:.c.example"]
+    assert lookup(compiled.probes, {"http.host": "h.c.example"}, CLIENT, get) is None
+    assert asked == [b"\x00\x00\x00\x0111:h.c.example", b"\x00\x00\x00\x0210:.c.example"]
 
 
 def test_a_key_of_the_table() -> None:
-    compiled = compile_routes(258, [route("198.51.100.0/22", http__path="/", http__host="b\u00e9")], INSPECT)
-    assert compiled.entries == [(b"\x01\x02" + b"\x00\x00" + b"\x00\x31\x8c\xd9" + b"3:b\xc3\xa9" + b"1:/", 0)]
+    compiled = compiled_alone([route("198.51.100.0/22", http__path="/", http__host="b\u00e9")])
+    assert compiled.entries == [(b"\x00\x00\x00\x01" + b"\x00\x31\x8c\xd9" + b"3:b\xc3\xa9" + b"1:/", 0)]
 
 
 def test_long_values_become_a_digest_that_lmdb_can_hold() -> None:
@@ -154,7 +184,7 @@ def test_long_values_become_a_digest_that_lmdb_can_hold() -> None:
     for source in (None, "2001:db8::7/128"):
         for value, is_digest in ((longest, False), (longest + "x", True), ("y" * 20000, True)):
             routes = [route(source, http__path=value)]
-            (key, _), *_ = compile_routes(3, routes, INSPECT).entries
+            (key, _), *_ = compiled_alone(routes).entries
             assert len(key) <= router.MAX_KEY
             assert (b"#" in key) is is_digest
             assert find(routes, {"http.path": value}, CLIENT6) == 0
@@ -176,11 +206,63 @@ def test_an_ipv6_source_is_not_taken_for_an_ipv4_prefix_and_a_value() -> None:
     assert find(routes, {"http.host": "aaaaaaaaa1:x"}, bytes([32, 1, 2, 3])) == 0
 
 
-def test_services_do_not_see_each_others_routes() -> None:
-    compiled = compile_routes(3, [route(http__host="a")], INSPECT)
-    table = {key: b"x" for key, _ in compiled.entries}
-    assert lookup(3, compiled.probes, {"http.host": "a"}, CLIENT, table.get) == b"x"
-    assert lookup(4, compiled.probes, {"http.host": "a"}, CLIENT, table.get) is None
+def test_a_shape_keeps_its_number_whatever_shapes_come_and_go() -> None:
+    numbers = Numbers()
+    alone = compile_routes([route(http__host="a")], INSPECT, numbers.__getitem__)
+    more = compile_routes([route(portext__dst="7"), route(http__host="a")], INSPECT, numbers.__getitem__)
+    assert alone.entries[0][0] == more.entries[1][0] == b"\x00\x00\x00\x01" + b"1:a"
+    assert [probe.number for probe in more.probes] == [b"\x00\x00\x00\x02", b"\x00\x00\x00\x01"]
+
+
+def test_static_and_dynamic_routes_follow_the_same_rules() -> None:
+    routes = {
+        "dynamic exact": route(http__host="a.example"),
+        "static exact": route(http__host="b.example"),
+        "dynamic suffix": route(http__host="*.example"),
+        "static wide": route(http__host="*e"),
+    }
+    numbers = Numbers()
+    numbered: dict[tuple[Shape, int], None] = {}
+    table = {}
+    for name, each in routes.items():
+        shape = shape_of(each)
+        number = numbers[shape] | (DYNAMIC if name.startswith("dynamic") else 0)
+        numbered[shape, number] = None
+        table[table_key(number, shape, each)] = name.encode()
+    probes = make_probes(numbered, INSPECT)
+    assert [probe.number[0] >> 7 for probe in probes] == [0, 1, 1, 0]
+    found = [lookup(probes, {"http.host": f"{host}.example"}, CLIENT, table.get) for host in "abc"]
+    assert found == [b"dynamic exact", b"static exact", b"dynamic suffix"]
+    assert lookup(probes, {"http.host": "some"}, CLIENT, table.get) == b"static wide"
+
+
+def test_of_equal_routes_the_static_one_counts() -> None:
+    same = route(http__host="a.example")
+    shape = shape_of(same)
+    probes = make_probes([(shape, 5 | DYNAMIC), (shape, 5)], INSPECT)
+    table = {table_key(5 | DYNAMIC, shape, same): b"dynamic", table_key(5, shape, same): b"static"}
+    assert lookup(probes, {"http.host": "a.example"}, CLIENT, table.get) == b"static"
+
+
+def test_a_route_comes_back_out_of_its_key() -> None:
+    for each in (
+        route(http__host="*.example", http__path="/a", portext__dst="7"),
+        route("198.51.100.128/25", http__host="b\u00e9:1,2:"),
+        route("2001:db8::/33"),
+        route("0.0.0.0/0", prefix="\x00#*"),
+    ):
+        shape = shape_of(each)
+        back = route_at(shape, table_key(9 | DYNAMIC, shape, each))
+        assert (sorted(back.conditions), back.source) == (sorted(each.conditions), each.source)
+    long = route("2001:db8::/32", http__path="y" * 2000)
+    key = table_key(9, shape_of(long), long)
+    assert has_digest(shape_of(long), key)
+    assert route_at(shape_of(long), key, values_of(long)).conditions == long.conditions
+
+
+def test_shapes_whose_keys_no_parser_gives_cannot_be_ranked() -> None:
+    assert can_rank(shape_of(route(http__host="a", portext__dst="7")), INSPECT)
+    assert not can_rank(shape_of(route(http__host="a", tls__sni="b")), INSPECT)
 
 
 def test_text_that_is_not_unicode_does_not_fail() -> None:
@@ -189,26 +271,26 @@ def test_text_that_is_not_unicode_does_not_fail() -> None:
 
 def test_probes_survive_being_sent_to_a_worker() -> None:
     routes = [route("2001:db8::/32", http__host="*.example"), route(portext__dst="7"), route("198.51.100.0/24")]
-    probes = compile_routes(0, routes, INSPECT).probes
+    probes = compiled_alone(routes).probes
     sent = msgspec.msgpack.encode(probes)
     assert msgspec.msgpack.decode(sent, type=tuple[Probe, ...]) == probes
 
 
 def test_no_routes_match_nothing() -> None:
-    assert compile_routes(0, [], INSPECT) == ((), [])
+    assert compiled_alone([]) == ((), [])
     assert conflicts([], INSPECT) == []
     assert find([], REQUEST) is None
 
 
 def test_a_key_that_no_parser_gives_is_refused() -> None:
     with pytest.raises(ValueError, match=r"No parser of this service gives the key tls\.sni\."):
-        compile_routes(0, [route(tls__sni="a")], INSPECT)
+        compiled_alone([route(tls__sni="a")])
 
 
 def test_more_shapes_than_can_be_tried_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "MAX_PROBES", 1)
     with pytest.raises(ValueError, match="Routes of 2 different shapes; at most 1"):
-        compile_routes(0, [route(http__host="*.a"), route(http__host="*.ab")], INSPECT)
+        compiled_alone([route(http__host="*.a"), route(http__host="*.ab")])
 
 
 def test_the_rank_of_a_key() -> None:

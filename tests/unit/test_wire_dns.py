@@ -226,13 +226,13 @@ def test_routes_by_suffix() -> None:
         Route("narrow", (Condition("dns.qname", Match.SUFFIX, ".shop.example"),), None, ()),
         Route("exact", (Condition("dns.qname", Match.EXACT, "shop.example"),), None, ()),
     ]
-    compiled = compile_routes(0, routes, [PARSER.keys])
+    compiled = compile_routes(routes, [PARSER.keys], lambda shape: shape.parts[0].length)
     table = {key: routes[index].name.encode() for key, index in compiled.entries}
 
     def route(datagram: bytes) -> bytes | None:
         found = question(datagram)
         assert found is not None
-        return lookup(0, compiled.probes, found, bytes(4), table.get)
+        return lookup(compiled.probes, found, bytes(4), table.get)
 
     assert route(only("dns-dig-9.18.49-aaaa")) == b"exact"
     assert route(message(name(b"www", b"Shop", b"EXAMPLE"))) == b"narrow"

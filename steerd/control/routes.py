@@ -1,0 +1,696 @@
+"""The route table: which keys lead to which target ids (core.router), for all services, in LMDB.
+
+  routes   number of the shape u32 | source prefix | values   ->  target ids IPv4 u32, IPv6 u32 | place in `routes` u32
+  dynamic  the same with router.DYNAMIC in the number         ->  target ids IPv4 u32, IPv6 u32 | flags u8 | more
+  shapes   number u32                                         ->  _ShapeRecord as msgpack
+  uses     address (4 or 16)                                  ->  how many dynamic routes of no lease lead there, u32
+  leased   address (4 or 16)                                  ->  name of the lease that has it
+
+Workers look in `routes` and `dynamic`, entry by entry, and keep nothing of them; what they keep is the plan, which
+holds the shapes. `more` is, if flag UNUSABLE is set, the real target ids (8 bytes), and, where the key holds a digest,
+the values themselves.
+
+**Where a route comes from.** *Static* routes are the configuration's: `publish` makes `routes` what it says, all at
+once. *Dynamic* ones are put and removed one by one, or by the ten thousand in one transaction (control.transfer), and
+outlive restarts; so do those of leases (control.leases), which come and go with their lease. All follow the same rules.
+A dynamic route that equals a static one or a lease's, or ties with any, is refused, and the sentence names the other. A
+`put` of one that equals a dynamic one gives it another target.
+
+**When a configuration changes** dynamic routes stay, even where they can do nothing now: their service or a parser is
+gone (then they are not in the plan, and back as soon as these are), a static route equals them (which then counts), or
+a target is neither in a pool nor external any more. The last ones match and refuse: workers see no target id. To find
+them means to look at each route, so it is done only when pools or endpoints have changed.
+
+**A new shape** is a new plan, since workers must know what to look for; it is written in the transaction that brings
+the shape's first route or takes its last one. Everything else changes an entry, and no worker need be told.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal, NamedTuple
+
+import lmdb
+import msgspec
+
+from steerd.config import Config, RouteChecker, Service, condition_text
+from steerd.control.sessions import Places, RequestError
+from steerd.control.store import IdGiver, Store
+from steerd.core.engine import PayloadParser, TargetIds
+from steerd.core.router import (
+    DYNAMIC,
+    MAX_PROBES,
+    Part,
+    Probe,
+    Shape,
+    can_rank,
+    canonical,
+    compile_routes,
+    has_digest,
+    make_probes,
+    rivals,
+    route_at,
+    shape_of,
+    sight,
+    table_key,
+    values_of,
+)
+from steerd.errors import ConfigError, RegistryError
+from steerd.model import Route
+
+LEASE, _EXTERNAL4, _EXTERNAL6, _UNUSABLE = 1, 2, 4, 8
+
+PATTERNED = ("prefix", "regex")
+"""Parsers, and their only keys, that must know the values of all routes (wire.parser.Parser.make)."""
+
+_BEHIND_STATIC = 1 << 62
+_ID = struct.Struct("!I")
+_IDS = struct.Struct("!II")
+_HEAD = struct.Struct("!IIB")
+
+
+class RouteView(msgspec.Struct, frozen=True):
+    """One route for people and programs outside."""
+
+    service: str
+    when: dict[str, str]
+    source: str | None
+    targets: list[str]
+    origin: str
+    """`static`, `dynamic`, or `lease NAME`."""
+    usable: bool
+    """False: the configuration in force has no use for it, or a target is not for use."""
+    place: str | None
+    """Of a static route: where it is written, `services.web.routes[3]`."""
+
+
+class RouteLine(msgspec.Struct, frozen=True, tag_field="kind", tag="route", omit_defaults=True):
+    """One dynamic route in an export."""
+
+    service: str
+    when: dict[str, str | int]
+    target: list[str | ExternalTarget]
+    source: str | None = None
+
+
+class ExternalTarget(msgspec.Struct, frozen=True):
+    """A target that is in no pool."""
+
+    address: str
+    external: bool = True
+
+
+class _ShapeRecord(msgspec.Struct, array_like=True):
+    service: str
+    parts: tuple[Part, ...]
+    version: int
+    source_length: int
+    routes: int
+    """Dynamic ones."""
+
+
+class _Known:
+    """A shape of one service that has a number."""
+
+    __slots__ = ("number", "routes", "service", "shape")
+
+    def __init__(self, number: int, service: str, shape: Shape, routes: int) -> None:
+        self.number = number
+        self.service = service
+        self.shape = shape
+        self.routes = routes
+
+
+class _Entry(NamedTuple):
+    """The value of a dynamic route."""
+
+    ids: TargetIds
+    flags: int
+    usable4: bool
+    usable6: bool
+    values: bytes
+    """Where the key holds a digest."""
+
+    def pack(self) -> bytes:
+        ipv4, ipv6 = self.ids.ipv4, self.ids.ipv6
+        if self.usable4 and self.usable6:
+            return _HEAD.pack(ipv4, ipv6, self.flags) + self.values
+        seen = (ipv4 if self.usable4 else 0, ipv6 if self.usable6 else 0)
+        return _HEAD.pack(*seen, self.flags | _UNUSABLE) + _IDS.pack(ipv4, ipv6) + self.values
+
+    @classmethod
+    def unpack(cls, value: bytes) -> _Entry:
+        ipv4, ipv6, flags = _HEAD.unpack_from(value)
+        if not flags & _UNUSABLE:
+            return cls(TargetIds(ipv4, ipv6), flags, True, True, value[_HEAD.size :])
+        real4, real6 = _IDS.unpack_from(value, _HEAD.size)
+        values = value[_HEAD.size + _IDS.size :]
+        return cls(TargetIds(real4, real6), flags & ~_UNUSABLE, ipv4 == real4, ipv6 == real6, values)
+
+
+class _Force:
+    """What of a configuration in force the table must know."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.places = Places(config)
+        self.services = {service.name: service for service in config.services}
+        self.checkers = {service.name: RouteChecker(config, service) for service in config.services}
+        self.static: dict[str, dict[Shape, list[Route]]] = {}
+        for service in config.services:
+            shapes = self.static[service.name] = {}
+            for route in service.routes:
+                shapes.setdefault(shape_of(route), []).append(route)
+
+
+Change = Literal["added", "changed", "unchanged"]
+_View = dict[tuple[object, ...], Route]
+
+
+class RouteTable:
+    """The writer's side. Its methods may be called from any thread; those that take a transaction, inside
+    `changing`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._static = store.env.open_db(b"routes")
+        self._dynamic = store.env.open_db(b"dynamic")
+        self._shapes = store.env.open_db(b"shapes")
+        self._uses = store.env.open_db(b"uses")
+        self.leased = store.env.open_db(b"leased")
+        # What follows changes under the store's lock.
+        self._force: _Force | None = None
+        self._known: dict[str, dict[Shape, _Known]] = {}
+        self._by_number: dict[int, _Known] = {}
+        # Of the transaction that is under way:
+        self._touched: set[_Known] = set()
+        self._more_uses: Counter[bytes] = Counter()
+        self._plan_is_stale = False
+        self._rivals: dict[tuple[str, Shape], list[Shape]] = {}
+        self._views: dict[tuple[str, Shape, Shape], _View] = {}
+        self._load()
+
+    # ---- transactions ----
+
+    @contextmanager
+    def changing(self) -> Iterator[lmdb.Transaction[bytes]]:
+        """A transaction in which routes may change: on the disk, and what workers see, when the block ends; undone if
+        it raises. Raises RegistryError."""
+        with self._store.lock:
+            try:
+                with self._store.writing() as txn:
+                    yield txn
+                    self._settle(txn)
+            except BaseException:
+                self._load()
+                raise
+            self._begin()
+
+    def _begin(self) -> None:
+        self._touched.clear()
+        self._more_uses.clear()
+        self._plan_is_stale = False
+        self._rivals.clear()
+        self._views.clear()
+
+    def _load(self) -> None:
+        """Know what is on the disk, and nothing else."""
+        self._begin()
+        self._known, self._by_number = {}, {}
+        with self._store.env.begin() as txn, txn.cursor(db=self._shapes) as cursor:
+            for packed, value in cursor:
+                record = msgspec.msgpack.decode(value, type=_ShapeRecord)
+                shape = Shape(record.parts, record.version, record.source_length)
+                self._remember(_Known(_ID.unpack(packed)[0], record.service, shape, record.routes))
+
+    def _remember(self, known: _Known) -> None:
+        self._known.setdefault(known.service, {})[known.shape] = known
+        self._by_number[known.number] = known
+
+    def _settle(self, txn: lmdb.Transaction[bytes]) -> None:
+        """Write what the transaction has left to the end."""
+        for known in self._touched:
+            record = _ShapeRecord(known.service, *known.shape, known.routes)
+            txn.put(_ID.pack(known.number), msgspec.msgpack.encode(record), db=self._shapes)
+        for address, more in self._more_uses.items():
+            uses = self._uses_of(txn, address) + more
+            if uses:
+                txn.put(address, _ID.pack(uses), db=self._uses)
+            else:
+                txn.delete(address, db=self._uses)
+        if self._plan_is_stale and self._force is not None and (plan := self._store.plan(txn)) is not None:
+            services = [
+                msgspec.structs.replace(
+                    service_plan,
+                    probes=list(self._probes(self._force, service)),
+                    payload_parsers=[
+                        PayloadParser(parser.name, self.patterns(txn, service, parser.name))
+                        for parser in service_plan.payload_parsers
+                    ],
+                )
+                for service, service_plan in zip(self._force.config.services, plan.services, strict=True)
+            ]
+            self._store.put_plan(txn, msgspec.structs.replace(plan, services=services))
+
+    def _uses_of(self, txn: lmdb.Transaction[bytes], address: bytes) -> int:
+        packed = txn.get(address, db=self._uses)
+        return 0 if packed is None else int(_ID.unpack(packed)[0])
+
+    # ---- the configuration ----
+
+    def publish(
+        self, txn: lmdb.Transaction[bytes], ids: IdGiver, config: Config
+    ) -> tuple[dict[str, list[Probe]], Callable[[], None]]:
+        """Make the static routes what a configuration says, inside the transaction that puts it in force.
+
+        Returns the probes of each service, static and dynamic, and what to call, still under the store's lock, once the
+        transaction is on the disk.
+        """
+        force = _Force(config)
+        txn.drop(self._static, delete=False)
+        entries: list[tuple[bytes, bytes]] = []
+        for service in config.services:
+            compiled = compile_routes(service.routes, service.key_order, partial(self._number, service.name))
+            packed = [ids.for_targets(route.targets).pack() for route in service.routes]
+            entries += ((key, packed[place] + _ID.pack(place)) for key, place in compiled.entries)
+        with txn.cursor(db=self._static) as cursor:
+            cursor.putmulti(sorted(entries))
+        self._look_at_targets(txn, force)
+        self._plan_is_stale = False
+
+        def took_effect() -> None:
+            self._force = force
+
+        return {service.name: list(self._probes(force, service)) for service in config.services}, took_effect
+
+    def patterns(self, txn: lmdb.Transaction[bytes], service: Service, parser: str) -> list[str]:
+        """The values of all routes of a service that a parser must know; [] for most parsers."""
+        if parser not in PATTERNED:
+            return []
+        found = {c.value for route in service.routes for c in route.conditions if c.key == parser}
+        for known in self._known.get(service.name, {}).values():
+            if known.routes and any(part.key == parser for part in known.shape.parts):
+                for key, value in self._range(txn, known):
+                    route = route_at(known.shape, key, _Entry.unpack(value).values)
+                    found |= {c.value for c in route.conditions if c.key == parser}
+        return sorted(found)
+
+    def _probes(self, force: _Force, service: Service) -> tuple[Probe, ...]:
+        known = self._known.get(service.name, {})
+        static = [(shape, known[shape].number) for shape in force.static[service.name]]
+        dynamic = [
+            (each.shape, each.number | DYNAMIC)
+            for each in known.values()
+            if each.routes and can_rank(each.shape, service.key_order)
+        ]
+        try:
+            return make_probes([*static, *dynamic], service.key_order)
+        except ValueError as error:
+            raise RegistryError(f"the routes of the service {service.name} cannot be looked up: {error}") from error
+
+    def _look_at_targets(self, txn: lmdb.Transaction[bytes], force: _Force) -> None:
+        """Find the dynamic routes whose targets are for use, and those whose are not, if that can have changed."""
+        mark = force.places.fingerprint()
+        if txn.get(b"places", db=self._store.meta) == mark:
+            return
+        txn.put(b"places", mark, db=self._store.meta)
+        changed = []
+        with txn.cursor(db=self._dynamic) as cursor:
+            for key, value in cursor:
+                entry = _Entry.unpack(value)
+                usable = partial(force.places.usable, txn, self._store)
+                now = entry._replace(
+                    usable4=not entry.ids.ipv4 or usable(entry.ids.ipv4, bool(entry.flags & _EXTERNAL4)),
+                    usable6=not entry.ids.ipv6 or usable(entry.ids.ipv6, bool(entry.flags & _EXTERNAL6)),
+                )
+                if now != entry:
+                    changed.append((bytes(key), now.pack()))
+        for key, value in changed:
+            txn.put(key, value, db=self._dynamic)
+
+    def of(self, service: str) -> tuple[_Force, Service]:
+        """The configuration in force, and one of its services. Raises RequestError, RegistryError."""
+        force = self.force
+        found = force.services.get(service)
+        if found is None:
+            raise RequestError("not_found", "service", f"{service} is not a service of {force.config.file}.")
+        return force, found
+
+    @property
+    def force(self) -> _Force:
+        """The configuration in force, with what was made of it. Raises RegistryError if there is none yet."""
+        with self._store.lock:
+            if self._force is None:
+                raise RegistryError("the registry holds no configuration yet: it is published when the daemon starts")
+            return self._force
+
+    # ---- one dynamic route ----
+
+    def put(
+        self, service: str, when: Mapping[str, object], target: object, source: str | None
+    ) -> tuple[RouteView, bool]:
+        """Define a dynamic route, or give it another target; `when`, `target` and `source` as in the configuration.
+        Returns it, and whether it is new.
+
+        Raises RequestError for what it must not be, RegistryError where no target id is left.
+        """
+        with self.changing() as txn:
+            force, _ = self.of(service)
+            route = self.check(service, when, target, source)
+            ids = self._store.ids(txn, force.config.gateway.mark.highest_id)
+            change, key = self.write(txn, ids, service, route)
+            known, entry = self._at(txn, key)
+            return self._view(txn, known, key, entry), change == "added"
+
+    def remove(self, service: str, when: Mapping[str, object], source: str | None) -> None:
+        """Take a dynamic route away; its connections go on. Raises RequestError if there is none, or if it is the
+        configuration's or a lease's."""
+        with self.changing() as txn:
+            force, found = self.of(service)
+            route = self.check_match(service, when, source)
+            known = self._known.get(service, {}).get(shape_of(route))
+            key = b"" if known is None else table_key(known.number | DYNAMIC, known.shape, route)
+            value = txn.get(key, db=self._dynamic) if key else None
+            if value is None:
+                self._refuse_static(txn, force, found, route)
+                raise RequestError("not_found", "when", f"The service {service} has no such route.")
+            entry = _Entry.unpack(value)
+            if entry.flags & LEASE:
+                raise RequestError(
+                    "conflict", "when", f"This is the route of the lease {self._lease(txn, entry)}; release that."
+                )
+            self.delete(txn, key)
+
+    def check(self, service: str, when: Mapping[str, object], target: object, source: str | None) -> Route:
+        """The route of a request, checked by itself. Raises RequestError."""
+        with self._checker(service) as checker:
+            return checker.check(when, target, source)
+
+    def check_match(self, service: str, when: Mapping[str, object], source: str | None) -> Route:
+        """What the route of a request matches, without targets. Raises RequestError."""
+        with self._checker(service) as checker:
+            return checker.check_match(when, source)
+
+    @contextmanager
+    def _checker(self, service: str) -> Iterator[RouteChecker]:
+        with self._store.lock:
+            force, _ = self.of(service)
+            try:
+                yield force.checkers[service]
+            except ConfigError as error:
+                problem = error.problems[0]
+                raise RequestError("invalid", problem.key or None, problem.message) from error
+
+    def write(
+        self, txn: lmdb.Transaction[bytes], ids: IdGiver, service: str, route: Route, lease: str | None = None
+    ) -> tuple[Change, bytes]:
+        """Put a checked route into the table, for a lease or for itself. Returns what that changed, and its key.
+
+        Raises RequestError if it equals or ties with another, or leads to what is not its lease's.
+        """
+        force, found = self.of(service)
+        shape = shape_of(route)
+        self._refuse_static(txn, force, found, route)
+        number = self._number(service, shape)
+        known = self._known[service][shape]
+        key = table_key(number | DYNAMIC, shape, route)
+        value = txn.get(key, db=self._dynamic)
+        old = None if value is None else _Entry.unpack(value)
+        if old is not None and (lease is not None or old.flags & LEASE):
+            raise RequestError("conflict", "when", f"The same route is there already: {self._name(txn, old, route)}.")
+        flags = 0 if lease is None else LEASE
+        for to in route.targets:
+            holder = txn.get(to.address.packed, db=self.leased)
+            if lease is None and holder is not None:
+                raise RequestError(
+                    "conflict",
+                    "target",
+                    f"{to.address} is leased to {str(holder, 'ascii')}; a route of its own would outlive the lease.",
+                )
+            if not force.places.in_pool(to.address):
+                flags |= _EXTERNAL4 if to.address.version == 4 else _EXTERNAL6
+        values = values_of(route) if has_digest(shape, key) else b""
+        entry = _Entry(ids.for_targets(route.targets), flags, True, True, values)
+        if old == entry:
+            return "unchanged", key
+        if old is None:
+            self._refuse_ties(txn, force, found, shape, route)
+            if not known.routes and len(self._probes(force, found)) >= MAX_PROBES:
+                raise RequestError(
+                    "conflict",
+                    "when",
+                    f"The routes of {service} have {MAX_PROBES} different combinations of keys, pattern lengths and"
+                    " source prefix lengths, and no more can be looked up for each connection.",
+                )
+            self._count(known, 1)
+            self._add_to_views(service, shape, route)
+        elif lease is None:
+            self._use(txn, old, -1)
+        if lease is None:
+            for to in route.targets:
+                self._more_uses[to.address.packed] += 1
+        txn.put(key, entry.pack(), db=self._dynamic)
+        return "added" if old is None else "changed", key
+
+    def delete(self, txn: lmdb.Transaction[bytes], key: bytes) -> None:
+        """Take the dynamic route at a key away."""
+        known, entry = self._at(txn, key)
+        txn.delete(key, db=self._dynamic)
+        self._count(known, -1)
+        self._views.clear()
+        if not entry.flags & LEASE:
+            self._use(txn, entry, -1)
+
+    def is_used(self, txn: lmdb.Transaction[bytes], address: bytes) -> bool:
+        """Whether dynamic routes of no lease lead to an address."""
+        return self._uses_of(txn, address) + self._more_uses[address] > 0
+
+    # ---- many ----
+
+    def page(self, service: str, after: str, limit: int) -> tuple[list[RouteView], str | None]:
+        """Up to `limit` routes of a service, static ones first, and the `after` of the next page."""
+        _, found = self.of(service)
+        place, start = _from_token(after)
+        views = [self._static_view(service, route) for route in found.routes[place : place + limit]]
+        if len(views) == limit:
+            return views, f"s{place + limit}"
+        with self._store.env.begin() as txn:
+            for known, key, value in self._walk(txn, [service], start):
+                if len(views) == limit:
+                    return views, f"d{key.hex()}"
+                views.append(self._view(txn, known, key, _Entry.unpack(value)))
+        return views, None
+
+    def count(self, service: str) -> tuple[int, int]:
+        """How many static and dynamic routes a service has."""
+        _, found = self.of(service)
+        with self._store.lock:
+            return len(found.routes), sum(known.routes for known in self._known.get(service, {}).values())
+
+    def lines(self, txn: lmdb.Transaction[bytes]) -> Iterator[RouteLine]:
+        """All dynamic routes of no lease, in an order that depends on nothing but the routes."""
+        for known, key, value in self._walk(txn, sorted(self._known), b""):
+            entry = _Entry.unpack(value)
+            if not entry.flags & LEASE:
+                route = route_at(known.shape, key, entry.values)
+                yield RouteLine(
+                    known.service,
+                    {c.key: condition_text(c) for c in route.conditions},
+                    [ExternalTarget(text) if external else text for text, external in self._targets(txn, entry)],
+                    None if route.source is None else str(route.source),
+                )
+
+    def _walk(
+        self, txn: lmdb.Transaction[bytes], services: Iterable[str], start: bytes
+    ) -> Iterator[tuple[_Known, bytes, bytes]]:
+        """Dynamic routes from the key `start` on (b"": all), by service, shape and key."""
+        with self._store.lock:
+            shapes = [
+                known
+                for service in services
+                for known in sorted(self._known.get(service, {}).values(), key=lambda known: canonical(known.shape))
+            ]
+        if start:
+            first = _ID.unpack_from(start)[0] & ~DYNAMIC
+            numbers = [known.number for known in shapes]
+            shapes = shapes[numbers.index(first) :] if first in numbers else []
+        for known in shapes:
+            for key, value in self._range(txn, known, start):
+                yield known, key, value
+            start = b""
+
+    def _range(self, txn: lmdb.Transaction[bytes], known: _Known, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        beginning = _ID.pack(known.number | DYNAMIC)
+        with txn.cursor(db=self._dynamic) as cursor:
+            there = cursor.set_range(start or beginning)
+            while there:
+                key, value = cursor.item()
+                if not key.startswith(beginning):
+                    return
+                yield key, value
+                there = cursor.next()
+
+    # ---- conflicts ----
+
+    def _refuse_static(self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, route: Route) -> None:
+        shape = shape_of(route)
+        if shape not in force.static[service.name]:
+            return
+        value = txn.get(table_key(self._known[service.name][shape].number, shape, route), db=self._static)
+        if value is not None:
+            other = service.routes[_ID.unpack_from(value, _IDS.size)[0]]
+            raise RequestError(
+                "conflict",
+                "when",
+                f"The same route is in {force.config.file}: {other.name}; change it there, and reload.",
+            )
+
+    def _refuse_ties(
+        self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, shape: Shape, route: Route
+    ) -> None:
+        if (service.name, shape) not in self._rivals:
+            known = self._known[service.name].values()
+            others = {*force.static[service.name], *(each.shape for each in known if each.routes)}
+            order = service.key_order
+            possible = [other for other in others if can_rank(other, order)]
+            self._rivals[service.name, shape] = sorted(rivals(shape, possible, order), key=canonical)
+        for rival in self._rivals[service.name, shape]:
+            seen = sight(route, rival)
+            other = (
+                None if seen is None else self._view_of(txn, force, service, rival, shape).get((route.source, *seen))
+            )
+            if other is not None:
+                name = (
+                    f"{other.name} of {force.config.file}" if other.name else f"the dynamic route {_described(other)}"
+                )
+                raise RequestError(
+                    "conflict",
+                    "when",
+                    f"Ties with {name}: one connection can match both, and neither comes first; add a condition.",
+                )
+
+    def _view_of(
+        self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, rival: Shape, shape: Shape
+    ) -> _View:
+        """What routes of `shape` see of all routes of a rival."""
+        view = self._views.get((service.name, rival, shape))
+        if view is None:
+            view = self._views[service.name, rival, shape] = {}
+            for route in force.static[service.name].get(rival, []):
+                _see(view, route, shape)
+            known = self._known[service.name].get(rival)
+            if known is not None:
+                for key, value in self._range(txn, known):
+                    _see(view, route_at(rival, key, _Entry.unpack(value).values), shape)
+        return view
+
+    def _add_to_views(self, service: str, shape: Shape, route: Route) -> None:
+        for (name, rival, other), view in self._views.items():
+            if name == service and rival == shape:
+                _see(view, route, other)
+
+    # ---- small parts ----
+
+    def _number(self, service: str, shape: Shape) -> int:
+        """The number of a shape; a new one if it has none."""
+        known = self._known.get(service, {}).get(shape)
+        if known is None:
+            known = _Known(max(self._by_number, default=0) + 1, service, shape, 0)
+            self._remember(known)
+            self._touched.add(known)
+        return known.number
+
+    def _count(self, known: _Known, more: int) -> None:
+        is_new = not known.routes
+        known.routes += more
+        self._touched.add(known)
+        if is_new or not known.routes:
+            self._rivals.clear()
+            self._plan_is_stale = True
+        if any(part.key in PATTERNED for part in known.shape.parts):
+            self._plan_is_stale = True
+
+    def _use(self, txn: lmdb.Transaction[bytes], entry: _Entry, more: int) -> None:
+        for target_id in (entry.ids.ipv4, entry.ids.ipv6):
+            target = self._store.target(txn, target_id) if target_id else None
+            if target is not None:
+                self._more_uses[target.address.packed] += more
+
+    def _at(self, txn: lmdb.Transaction[bytes], key: bytes) -> tuple[_Known, _Entry]:
+        value = txn.get(key, db=self._dynamic)
+        if value is None:
+            raise RegistryError("a route that a lease names is not in the registry")
+        return self._by_number[_ID.unpack_from(key)[0] & ~DYNAMIC], _Entry.unpack(value)
+
+    def _targets(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> list[tuple[str, bool]]:
+        """Each target as text, and whether it is external."""
+        return [
+            (str(self._store.target(txn, target_id)), bool(entry.flags & external))
+            for target_id, external in ((entry.ids.ipv4, _EXTERNAL4), (entry.ids.ipv6, _EXTERNAL6))
+            if target_id
+        ]
+
+    def _lease(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> str:
+        target = self._store.target(txn, entry.ids.ipv4 or entry.ids.ipv6)
+        name = None if target is None else txn.get(target.address.packed, db=self.leased)
+        return "" if name is None else str(name, "ascii")
+
+    def _name(self, txn: lmdb.Transaction[bytes], entry: _Entry, route: Route) -> str:
+        if entry.flags & LEASE:
+            return f"that of the lease {self._lease(txn, entry)}"
+        return f"the dynamic route {_described(route)}"
+
+    def _view(self, txn: lmdb.Transaction[bytes], known: _Known, key: bytes, entry: _Entry) -> RouteView:
+        route = route_at(known.shape, key, entry.values)
+        with self._store.lock:
+            service = None if self._force is None else self._force.services.get(known.service)
+        is_in_plan = service is not None and can_rank(known.shape, service.key_order)
+        static_key = _ID.pack(known.number) + key[_ID.size :]
+        return RouteView(
+            service=known.service,
+            when={c.key: condition_text(c) for c in route.conditions},
+            source=None if route.source is None else str(route.source),
+            targets=[text for text, _ in self._targets(txn, entry)],
+            origin=f"lease {self._lease(txn, entry)}" if entry.flags & LEASE else "dynamic",
+            usable=is_in_plan and entry.usable4 and entry.usable6 and txn.get(static_key, db=self._static) is None,
+            place=None,
+        )
+
+    @staticmethod
+    def _static_view(service: str, route: Route) -> RouteView:
+        return RouteView(
+            service=service,
+            when={c.key: condition_text(c) for c in route.conditions},
+            source=None if route.source is None else str(route.source),
+            targets=[str(target) for target in route.targets],
+            origin="static",
+            usable=True,
+            place=route.name,
+        )
+
+
+def _see(view: _View, route: Route, shape: Shape) -> None:
+    seen = sight(route, shape)
+    if seen is not None:
+        view.setdefault((route.source, *seen), route)
+
+
+def _described(route: Route) -> str:
+    when = msgspec.json.encode({c.key: condition_text(c) for c in route.conditions}).decode()
+    return when if route.source is None else f"{when} from {route.source}"
+
+
+def _from_token(after: str) -> tuple[int, bytes]:
+    """Where a page begins: the place among static routes, and the key of a dynamic one. Raises RequestError."""
+    if not after:
+        return 0, b""
+    if re.fullmatch(r"s[0-9]{1,9}", after):
+        return int(after[1:]), b""
+    if re.fullmatch(r"d([0-9a-f]{2}){4,511}", after):
+        return _BEHIND_STATIC, bytes.fromhex(after[1:])
+    raise RequestError("invalid", "after", "Must be the `next` of the page before.")
