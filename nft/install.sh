@@ -116,8 +116,8 @@ render() {
 		-e "s/__MASK__/$(hex $mask)/g" -e "s/__CLEAR__/$(hex $clear)/g" \
 		-e "s/__RESET__/$(hex $((1 << low)))/g" -e "s/__PASS__/$(hex $((2 << low)))/g" \
 		-e "s/__OURS__/$(hex $((3 << low)))/g" -e "s/__ASK__/$(hex $((4 << low)))/g" \
-		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . tcp sport')")/" \
-		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . tcp sport')")/"
+		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . th sport')")/" \
+		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . th sport')")/"
 	for pair in $overrides; do
 		set -- "$@" -e "s/__${pair%%=*}__/${pair#*=}/g"
 	done
@@ -133,10 +133,15 @@ kernel_has_queue() {
 remove_fallback() {
 	for tool in iptables-nft ip6tables-nft; do
 		command -v $tool >/dev/null 2>&1 || continue
-		$tool -t mangle -S STEERD >/dev/null 2>&1 || continue
-		while $tool -t mangle -D PREROUTING -j STEERD 2>/dev/null; do :; done
-		$tool -t mangle -F STEERD
-		$tool -t mangle -X STEERD
+		for table in raw mangle; do
+			$tool -t $table -S STEERD >/dev/null 2>&1 || continue
+			while $tool -t $table -D PREROUTING -j STEERD 2>/dev/null; do :; done
+			$tool -t $table -F STEERD
+			$tool -t $table -X STEERD
+			# A table that says nothing is one that we have made.
+			case $tool in ip6*) family=ip6 ;; *) family=ip ;; esac
+			$tool -t $table -S | grep -qv '^-P .* ACCEPT$' || nft delete table $family $table
+		done
 	done
 }
 
@@ -144,16 +149,20 @@ install_fallback() {
 	for tool in iptables-nft ip6tables-nft; do
 		command -v $tool >/dev/null 2>&1 || die "this kernel has no nft queue (CONFIG_NFT_QUEUE), and $tool is not installed"
 		{
-			printf '*mangle\n:STEERD - [0:0]\n'
-			n=0
-			while [ "$n" -lt "$queues" ]; do
-				printf -- '-A STEERD -m mark --mark 0x%x/0x%x -j NFQUEUE --queue-num %d\n' \
-					$((waiting | n << low)) $mask $((first_queue + n))
-				n=$((n + 1))
+			for table in raw mangle; do
+				printf '*%s\n:STEERD - [0:0]\n' $table
+				n=0
+				while [ "$n" -lt "$queues" ]; do
+					printf -- '-A STEERD -m mark --mark 0x%x/0x%x -j NFQUEUE --queue-num %d\n' \
+						$((waiting | n << low)) $mask $((first_queue + n))
+					n=$((n + 1))
+				done
+				echo COMMIT
 			done
-			echo COMMIT
 		} | $tool-restore --noflush
-		$tool -t mangle -C PREROUTING -j STEERD 2>/dev/null || $tool -t mangle -A PREROUTING -j STEERD
+		for table in raw mangle; do
+			$tool -t $table -C PREROUTING -j STEERD 2>/dev/null || $tool -t $table -A PREROUTING -j STEERD
+		done
 	done
 }
 

@@ -36,14 +36,30 @@ from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
 from steerd.core.sessions import MAX_ID, OnNewSource, SessionEntry, Sessions
 from steerd.errors import ConfigError, Problem
-from steerd.model import TCP, Condition, Endpoint, IPAddress, IPNetwork, Match, Outcome, Route, Target
-from steerd.wire import portext
+from steerd.model import (
+    PROTOCOL_NAMES,
+    PROTOCOL_NUMBERS,
+    TCP,
+    UDP,
+    Condition,
+    Endpoint,
+    IPAddress,
+    IPNetwork,
+    Match,
+    Outcome,
+    Route,
+    Target,
+)
+from steerd.wire import portext, quic_lb
 from steerd.wire.dns import type_name
 from steerd.wire.portext import Numbers
-from steerd.wire.registry import REGISTRY
+from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, REGISTRY, transports
 
 PORT_EXTENSION = "port-extension"
 """The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
+
+QUIC = "quic"
+"""The parser that reads connection ids as well."""
 
 PROXY = "proxy"
 """The parser whose header is believed of `trusted_proxies` only."""
@@ -57,6 +73,7 @@ MIN_MARK_BITS = 20
 MAX_SERVICES = 65536
 """The router's table keys hold a service's index in 16 bits."""
 
+_IDLE_TIMEOUT = 120
 _MAX_PORT = 65535
 _MAX_EXTENDED_PORT = (1 << 32) - 1
 _MAX_QUEUES = 65536
@@ -86,16 +103,19 @@ class Limits(Struct, frozen=True):
 
 
 class Timeouts(Struct, frozen=True):
-    """Conntrack timeouts of steered TCP connections, in seconds."""
+    """Conntrack timeouts of steered connections, in seconds."""
 
     syn_sent: _Seconds = 5
     syn_recv: _Seconds = 5
     time_wait: _Seconds = 10
     close: _Seconds = 2
+    udp_unreplied: _Seconds = 30
+    """Flows of datagrams that no daemon has answered yet; at most as long as their service's `idle_timeout`."""
 
 
 class Pending(Struct, frozen=True):
-    """Bounds on connections whose first payload does not suffice yet, for each worker."""
+    """Bounds on connections whose first payload does not suffice yet, for each worker; and the same again on flows of
+    datagrams."""
 
     connection_bytes: Annotated[int, Meta(ge=1 << 15, le=1 << 20)] = 1 << 15
     """Bytes of one connection. No parser wants more than the least that is allowed here."""
@@ -166,6 +186,12 @@ class Service(Struct, frozen=True):
     """Seconds."""
     on_silence: tuple[Target, ...]
     """At most one of each address family; empty: who says nothing is of no interest."""
+    idle_timeout: int
+    """Seconds for which a flow of datagrams that was answered may be idle."""
+    rebinding: bool
+    """QUIC: a client whose address or port changed is known by the connection id that its daemon answered with."""
+    connection_ids: tuple[quic_lb.Config, ...]
+    """QUIC: how daemons put their server ids into connection ids."""
     extension_pool: ExtensionPool | None
     sessions: Sessions | None
     trusted_proxies: tuple[IPNetwork, ...]
@@ -175,8 +201,18 @@ class Service(Struct, frozen=True):
 
     @property
     def is_late(self) -> bool:
-        """Whether connections without an extension are decided by their first payload."""
-        return self.unextended is Unextended.INSPECT
+        """Whether TCP connections without an extension are decided by their first payload."""
+        return self.unextended is Unextended.INSPECT and TCP in self.protocols
+
+    @property
+    def protocols(self) -> set[int]:
+        """model.TCP, model.UDP or both: what the endpoints speak."""
+        return {endpoint.protocol for endpoint in self.endpoints}
+
+    @property
+    def decides_every_datagram(self) -> bool:
+        """Whether each datagram is decided by itself, and not the flow by its first ones."""
+        return any(_is_every(word) for word in self.inspect)
 
     @property
     def key_order(self) -> tuple[tuple[str, ...], ...]:
@@ -357,6 +393,18 @@ class _RawSessions(Struct):
     entries: list[_RawSession] = []
 
 
+class _RawConnectionIds(Struct):
+    config: Annotated[int, Meta(ge=0, le=6)]
+    server_id_length: Annotated[int, Meta(ge=1, le=15)]
+    nonce_length: Annotated[int, Meta(ge=4, le=18)]
+    key: str | None = None
+
+
+class _RawQuic(Struct):
+    rebinding: bool = True
+    connection_ids: list[_RawConnectionIds] = []
+
+
 class _RawService(Struct):
     endpoints: list[str]
     inspect: list[str] = []
@@ -365,6 +413,8 @@ class _RawService(Struct):
     unextended: Literal["inspect", "pass", "default", "unmatched"] | None = None
     first_payload_timeout: Annotated[float, Meta(ge=0.01, le=600)] | None = None
     on_silence: Any = None
+    idle_timeout: _Seconds | None = None
+    quic: _RawQuic | None = None
     extension_pool: _RawExtensionPool | None = None
     sessions: _RawSessions | None = None
     trusted_proxies: list[str] = []
@@ -558,11 +608,9 @@ def parse_endpoint(text: str) -> Endpoint:
     rest, slash, protocol = text.partition("/")
     host, ports = _host_and_port(rest, usage)
     if not slash:
-        raise ValueError(f"{usage}; {_shown(text)} does not end in /tcp.")
-    if protocol == "udp":
-        raise ValueError("Endpoints of udp are not supported yet; only /tcp is.")
-    if protocol != "tcp":
-        raise ValueError(f"{usage}; {_shown(protocol)} is not a protocol that is steered, only tcp is.")
+        raise ValueError(f"{usage}; {_shown(text)} does not end in /tcp or /udp.")
+    if protocol not in PROTOCOL_NUMBERS:
+        raise ValueError(f"{usage}; {_shown(protocol)} is not a protocol that is steered, only tcp and udp are.")
     address = _address(host)
     if (kind := _unusable(ipaddress.ip_network(address))) is not None:
         raise ValueError(f"{address} is {kind}; an endpoint has an address that clients connect to.")
@@ -571,7 +619,7 @@ def parse_endpoint(text: str) -> Endpoint:
     last_port = _port(last) if dash else first_port
     if last_port < first_port:
         raise ValueError(f"The port range {ports} ends before it begins; {last}-{first} would be right.")
-    return Endpoint(address, first_port, last_port, TCP)
+    return Endpoint(address, first_port, last_port, PROTOCOL_NUMBERS[protocol])
 
 
 def parse_target(text: str) -> Target:
@@ -709,7 +757,10 @@ def _host_name(text: str) -> str:
 
 _SPELLINGS: dict[str, Callable[[str], str]] = {
     **dict.fromkeys(
-        ("http.host", "proxy.authority", "rtsp.host", "sip.host", "minecraft.host", "tls.sni", "dns.qname"),
+        (
+            *("http.host", "proxy.authority", "rtsp.host", "sip.host", "minecraft.host", "dns.qname"),
+            *("tls.sni", "quic.sni", "dtls.sni"),
+        ),
         _host_name,
     ),
     "dns.qtype": type_name,
@@ -735,7 +786,9 @@ def _condition(key: str, value: object, parser: str) -> Condition:
             "Is compared with bytes, one character each (U+0000 to U+00FF), so it can never match; text in UTF-8 is"
             " written byte by byte: \\u00c3\\u00a9."
         )
-    REGISTRY[parser].make((condition.value,))
+    for registry in (REGISTRY, DATAGRAMS):
+        if parser in registry:
+            registry[parser].make((condition.value,))
     return condition
 
 
@@ -957,6 +1010,8 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
                 reader.problem(f"{path}.{key}", "Means nothing unless first payloads are inspected: name a parser.")
     if unextended is not Unextended.INSPECT and raw.unmatched == "tls-alert" and not reader.is_bad(f"{path}.inspect"):
         reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no first payload is inspected; name "tls" in inspect.')
+    if not (reader.is_bad(f"{path}.endpoints") or reader.is_bad(f"{path}.inspect")):
+        _check_transports(raw, inspect, endpoints, path, reader)
     extension_pool = _extension_pool(raw, path, versions, scene)
     sessions = _sessions(raw.sessions, f"{path}.sessions", inspect, versions, scene)
     routes = _routes(raw.routes, path, inspect, versions, scene)
@@ -977,11 +1032,78 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         unextended=unextended,
         first_payload_timeout=10.0 if raw.first_payload_timeout is None else raw.first_payload_timeout,
         on_silence=on_silence,
+        idle_timeout=_IDLE_TIMEOUT if raw.idle_timeout is None else raw.idle_timeout,
+        rebinding=QUIC in inspect and (raw.quic is None or raw.quic.rebinding),
+        connection_ids=_connection_ids(raw.quic, f"{path}.quic.connection_ids", reader),
         extension_pool=extension_pool,
         sessions=sessions,
         trusted_proxies=_trusted_proxies(raw, inspect, path, reader),
         routes=routes,
     )
+
+
+def _check_transports(
+    raw: _RawService, inspect: tuple[str, ...], endpoints: tuple[Endpoint, ...], path: str, reader: _Reader
+) -> None:
+    """What is inspected, and other keys, against what the endpoints speak."""
+    spoken = {endpoint.protocol: endpoint for endpoint in reversed(endpoints)}
+    parsers = [word for word in inspect if word != PORT_EXTENSION]
+    for index, word in enumerate(raw.inspect):
+        if word in parsers and not any(protocol in spoken for protocol in transports(word)):
+            read = " and ".join(PROTOCOL_NAMES[protocol].upper() for protocol in transports(word))
+            reader.problem(f"{path}.inspect[{index}]", f"{_shown(word)} reads {read}, and no endpoint is of that kind.")
+    for protocol, endpoint in spoken.items():
+        if parsers and not any(protocol in transports(word) for word in parsers):
+            reader.problem(
+                f"{path}.inspect",
+                f"Names no parser that reads {PROTOCOL_NAMES[protocol].upper()}, but {endpoint} is an endpoint; name"
+                " one, or give the endpoint a service of its own.",
+            )
+    if UDP in spoken:
+        every = [word for word in parsers if _is_every(word)]
+        flows = [
+            word for word in parsers if UDP in transports(word) and DATAGRAMS[word].exclusive and word not in every
+        ]
+        if every and flows:
+            reader.problem(
+                f"{path}.inspect",
+                f"Names {_shown(every[0])}, by which every datagram is decided, and {_shown(flows[0])}, by which a"
+                " whole flow is; a UDP endpoint can have one of the two.",
+            )
+    elif raw.idle_timeout is not None:
+        reader.problem(f"{path}.idle_timeout", "Means nothing unless an endpoint is UDP.")
+    if raw.quic is not None and QUIC not in inspect:
+        reader.problem(f"{path}.quic", f'Means nothing unless inspect names "{QUIC}".')
+    if TCP not in spoken:
+        if raw.on_silence is not None:
+            reader.problem(f"{path}.on_silence", "Means nothing unless an endpoint is TCP.")
+        if raw.unmatched == "tls-alert":
+            reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no endpoint is TCP.')
+
+
+def _connection_ids(raw: _RawQuic | None, path: str, reader: _Reader) -> tuple[quic_lb.Config, ...]:
+    found: dict[int, quic_lb.Config] = {}
+    for index, each in enumerate(raw.connection_ids if raw is not None else []):
+        where = f"{path}[{index}]"
+        if reader.is_bad(where):
+            continue
+        if each.config in found:
+            reader.problem(f"{where}.config", f"Is {each.config} a second time; each configuration has its own number.")
+        if each.server_id_length + each.nonce_length > 19:
+            reader.problem(
+                where,
+                f"Makes connection ids of {1 + each.server_id_length + each.nonce_length} bytes; they have at most 20,"
+                " of which the first is for the configuration's number.",
+            )
+        key = None if each.key is None else reader.attempt(f"{where}.key", _aes_key, each.key)
+        found[each.config] = quic_lb.Config(each.config, each.server_id_length, each.nonce_length, key)
+    return tuple(found.values())
+
+
+def _aes_key(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9A-Fa-f]{32}", text):
+        raise ValueError("Must be a key of 16 bytes: 32 hexadecimal digits.")
+    return bytes.fromhex(text)
 
 
 def _trusted_proxies(raw: _RawService, inspect: tuple[str, ...], path: str, reader: _Reader) -> tuple[IPNetwork, ...]:
@@ -1001,7 +1123,7 @@ def _trusted_proxies(raw: _RawService, inspect: tuple[str, ...], path: str, read
 
 
 def _inspect(words: list[str], path: str, reader: _Reader) -> tuple[str, ...]:
-    known = [PORT_EXTENSION, *REGISTRY]
+    known = [PORT_EXTENSION, *PARSER_NAMES]
     found: list[str] = []
     for index, word in enumerate(words):
         key = f"{path}[{index}]"
@@ -1017,7 +1139,13 @@ def _inspect(words: list[str], path: str, reader: _Reader) -> tuple[str, ...]:
 
 
 def _keys_of(parser: str) -> tuple[str, ...]:
-    return portext.KEYS if parser == PORT_EXTENSION else REGISTRY[parser].keys
+    if parser == PORT_EXTENSION:
+        return portext.KEYS
+    return REGISTRY[parser].keys if parser in REGISTRY else DATAGRAMS[parser].keys
+
+
+def _is_every(word: str) -> bool:
+    return word in DATAGRAMS and DATAGRAMS[word].every
 
 
 def _unextended(
@@ -1267,7 +1395,7 @@ class _Conditions:
 
     def parser_of(self, key: str) -> str:
         if key not in self._parsers:
-            known = (*self._inspect, PORT_EXTENSION, *REGISTRY)
+            known = (*self._inspect, PORT_EXTENSION, *PARSER_NAMES)
             self._parsers[key] = next((p for p in known if key_rank(key, [_keys_of(p)]) is not None), None)
         parser = self._parsers[key]
         if parser in self._inspect:

@@ -29,9 +29,10 @@ from steerd.control.claims import Collector
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
+from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
-from steerd.model import Endpoint, Reason
+from steerd.model import TCP, UDP, Endpoint, Reason
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
@@ -73,13 +74,28 @@ def contents_of(config: Config) -> ruleset.Contents:
     def of(chosen: Callable[[Service], bool]) -> tuple[Endpoint, ...]:
         return tuple(endpoint for service in config.services if chosen(service) for endpoint in service.endpoints)
 
+    def tcp(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        return tuple(endpoint for endpoint in endpoints if endpoint.protocol == TCP)
+
+    def udp(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        return tuple(endpoint for endpoint in endpoints if endpoint.protocol == UDP)
+
     endpoints = of(lambda _service: True)
+    unreplied = config.gateway.timeouts.udp_unreplied
     return ruleset.Contents(
         endpoints=endpoints,
-        early=endpoints,
-        every_syn=of(lambda service: service.unextended in (Unextended.DEFAULT, Unextended.UNMATCHED)),
-        late=of(lambda service: service.is_late),
-        silent=of(lambda service: bool(service.on_silence)),
+        early=tcp(endpoints),
+        every_syn=tcp(of(lambda service: service.unextended in (Unextended.DEFAULT, Unextended.UNMATCHED))),
+        late=tcp(of(lambda service: service.is_late)),
+        silent=tcp(of(lambda service: bool(service.on_silence))),
+        datagram=udp(of(lambda service: not service.decides_every_datagram)),
+        query=udp(of(lambda service: service.decides_every_datagram)),
+        rebinding=udp(of(lambda service: service.rebinding)),
+        idle=tuple(
+            (endpoint, ruleset.IdleTimeouts(min(unreplied, service.idle_timeout), service.idle_timeout))
+            for service in config.services
+            for endpoint in udp(service.endpoints)
+        ),
         pools=tuple(config.pools.values()),
         wildcard=(
             *((target, target.port) for target in config.wildcard),
@@ -333,7 +349,13 @@ class Daemon:
         if any(service.is_late for service in config.services):
             self._set_sysctls(config)
         settings = settings_of(config, handshake.measure())
-        ruleset.load(settings, contents_of(config), native=self._native_queue, empty_targets=empty_targets)
+        contents = contents_of(config)
+        ruleset.load(settings, contents, native=self._native_queue, empty_targets=empty_targets)
+        if contents.datagram:
+            # A client that goes on sending from one port would keep alive for ever what conntrack noted before the
+            # table was there, and never be steered.
+            with contextlib.closing(Conntrack()) as conntrack:
+                conntrack.forget_unsteered(contents.datagram)
         self._rules = ruleset.our_rules(self._nftables)
         self._wildcard_ports = set()
         self._set_wildcard_ports()

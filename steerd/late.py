@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from steerd.core import pending
 from steerd.core.engine import Decision, Engine
@@ -40,11 +40,12 @@ from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.inject import Injector
 from steerd.kernel.nftables import Nftables
+from steerd.kernel.queue import DROP, Verdict
 from steerd.kernel.ruleset import flow_key
 from steerd.model import Answer, Flow, Outcome, Reason
 from steerd.telemetry.counters import Extra
 from steerd.wire import segment
-from steerd.wire.packet import Packet
+from steerd.wire.packet import Packet, is_cut
 
 _REASONS = {
     Why.BYTES: Reason.TOO_LONG,
@@ -72,18 +73,6 @@ TICK_SECONDS = 0.02
 
 
 _MAX_UNDELIVERED = 4096
-
-
-class Verdict(NamedTuple):
-    """What becomes of a queued packet."""
-
-    id: int | None
-    """For the mark; None: it is dropped."""
-    payload: bytes | None = None
-    """What goes on in its place."""
-
-
-DROP = Verdict(None)
 
 
 class Late:
@@ -126,6 +115,10 @@ class Late:
         """How many connections wait for a decision."""
         return len(self._pending)
 
+    def send(self, packet: bytes) -> None:
+        """Send an IP packet of the worker's own, now. Raises OSError as Injector.send does."""
+        self._injector.send(packet)
+
     def syn(self, packet: Packet) -> Verdict:
         """A SYN that said too little after all: the same without what only seemed to say something goes round once
         more, and the kernel answers it."""
@@ -138,12 +131,12 @@ class Late:
         now = time.monotonic()
         if now - self._looked > TICK_SECONDS:
             self.expire(now)
-        cut = _is_cut(packet, raw)
+        cut = is_cut(raw)
         verdict = DROP
         for action in self._pending.segment(packet, now, cut=cut):
             if isinstance(action, ForwardRaw):
                 self._give()
-                if self._is_vanished(flow := _flow(packet)):
+                if self._is_vanished(flow := packet.flow):
                     self._delete_entry(flow)
                     self._pending.forget(packet)
                     return self.judge(packet, raw)
@@ -176,7 +169,7 @@ class Late:
             case ForwardRaw():
                 slot[Extra.FORWARDED] += 1
                 for copy in self._copies(packet, raw, cut):
-                    self.after.append(partial(self._deliver, _flow(packet), copy))
+                    self.after.append(partial(self._deliver, packet.flow, copy))
             case Acknowledge(packet=acknowledged, ack=ack, window=window):
                 slot[Extra.HELD] += 1
                 slot[Extra.ACKNOWLEDGED] += 1
@@ -194,7 +187,7 @@ class Late:
 
     def _decide(self, decide: Decide[Decision], raw: bytes, cut: bool) -> Verdict:
         first = decide.first
-        if decide.attempt > 1 and not self._may_open_again(_flow(first)):
+        if decide.attempt > 1 and not self._may_open_again(first.flow):
             self._slot[Extra.DELIVERED_BEFORE] += 1
             return DROP
         decision = self._settle(first, decide.decision)
@@ -209,7 +202,7 @@ class Late:
             whole = decide.alone and not cut and len(decide.data) == len(first.payload)
             size = self._handshake.mss4 - 12 if first.version == 4 else self._handshake.mss6 - 12
             for copy in [raw] if whole else segment.data(first, decide.data, fin=decide.fin, size=size):
-                self.after.append(partial(self._deliver, _flow(first), copy))
+                self.after.append(partial(self._deliver, first.flow, copy))
         return verdict
 
     def _give_up(self, action: GiveUp) -> None:
@@ -256,7 +249,7 @@ class Late:
     def _refuse(self, first: Packet, decision: Decision, data: bytes) -> None:
         """By now the kernel has checked the client's cookie, and noted the client if it was right. A spoofer's victim
         gets nothing from us. Needs no state: what we said so far is the one SYN-ACK."""
-        if not self._nftables.contains(f"genuine{first.version}", flow_key(_flow(first))):
+        if not self._nftables.contains(f"genuine{first.version}", flow_key(first.flow)):
             self._slot[Extra.NOT_GENUINE] += 1
             return
         said = b""
@@ -302,14 +295,3 @@ class Late:
             self._slot[Extra.OLD_ENTRY_DELETED] += 1
         if old is not None:
             sockets.end(old)
-
-
-def _is_cut(packet: Packet, raw: bytes) -> bool:
-    """Whether the copy ends before the packet does."""
-    if packet.version == 4:
-        return int.from_bytes(raw[2:4], "big") > len(raw)
-    return 40 + int.from_bytes(raw[4:6], "big") > len(raw)
-
-
-def _flow(packet: Packet) -> Flow:
-    return Flow(packet.src, packet.sport, packet.dst, packet.dport)

@@ -40,7 +40,8 @@ class Extension(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """The 4-tuple of a TCP connection as its client sends it: packed addresses, ports in host byte order."""
+    """The 4-tuple of a connection, or of a flow of datagrams, as its client sends it: packed addresses, ports in host
+    byte order."""
 
     src: bytes
     sport: int
@@ -156,6 +157,8 @@ class Reason(enum.IntEnum):
     """A session id that is known, from a source that may not use it, or with a target that is not for use now."""
     UNTRUSTED_PROXY = 21
     """A PROXY header from a source that is not among `trusted_proxies`."""
+    UNKNOWN_CONNECTION = 22
+    """A QUIC packet from the middle of a connection that nothing here knows: no flow, no server id, none learnt."""
 
 
 class Outcome(enum.Enum):

@@ -23,13 +23,14 @@ from steerd.control.claims import Claimant
 from steerd.control.registry import Reader
 from steerd.core.engine import Decision, Engine
 from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
+from steerd.datagram import Datagram
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel import handshake
 from steerd.kernel.nftables import Nftables
-from steerd.kernel.queue import Queue, QueuedPacket, Ruling
-from steerd.kernel.ruleset import target_elements
-from steerd.late import DROP, TICK_SECONDS, Late, Verdict
-from steerd.model import Outcome, Reason
+from steerd.kernel.queue import DROP, Queue, QueuedPacket, Ruling, Verdict
+from steerd.kernel.ruleset import datagram_elements, target_elements
+from steerd.late import TICK_SECONDS, Late
+from steerd.model import UDP, Outcome, Reason
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra
 from steerd.wire import packet as wire
@@ -78,6 +79,9 @@ class Worker:
         self._rulings: list[Ruling] = []
         self._tasks: list[Callable[[], None]] = []
         self._late = Late(self._settle, self._give, self._slot, self._nftables)
+        self._datagram = Datagram(
+            self._settle, self._slot, self._late.after, self._late.send
+        )
         self._refresh()
         self._queue = self._bind()
         self._waiting = False
@@ -109,7 +113,9 @@ class Worker:
         self._clear, self._shift = ~self._mark.mask & 0xFFFFFFFF, self._mark.shift
         self._engine = Engine(plan, self._reader.route, self._reader.session)
         self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
+        self._datagram.refresh(self._engine, plan.pending)
         self._loaded: set[int] = set()
+        self._answering: set[tuple[int, int]] = set()
         self._generation = generation
 
     def run(self) -> None:
@@ -125,7 +131,9 @@ class Worker:
             self._reader.rest()
             self._give()
             try:
-                self._late.expire(time.monotonic())
+                now = time.monotonic()
+                self._late.expire(now)
+                self._datagram.expire(now)
             except Exception as error:
                 self._on_fault(error)
             self._carry_out(self._late.after)
@@ -134,7 +142,9 @@ class Worker:
     def _on_packet(self, queued: QueuedPacket) -> None:
         try:
             verdict = self._judge(queued)
-        except Exception as error:  # whatever it was: this packet is lost, the next one is not
+        except (
+            Exception
+        ) as error:  # whatever it was: this packet is lost, the next one is not
             self._on_fault(error)
             self._late.after.clear()
             verdict = DROP
@@ -164,7 +174,9 @@ class Worker:
                 task()
             except PermissionError:  # dropped in output: by our table (counter undelivered), or by a firewall
                 self._slot[Extra.NOT_SENT] += 1
-            except OSError as error:  # no memory, no route: this one is lost, and the client repeats
+            except (
+                OSError
+            ) as error:  # no memory, no route: this one is lost, and the client repeats
                 self._slot[Extra.NOT_SENT] += 1
                 self._log_once(f"a packet of the worker's own was not sent: {error}")
             except Exception as error:
@@ -173,19 +185,22 @@ class Worker:
 
     def _watch_the_time(self) -> None:
         """See to it that the time of those who wait is noticed."""
-        if self._waiting != bool(self._late):
+        if self._waiting != bool(self._late or self._datagram):
             self._waiting = not self._waiting
             self._queue.wait_at_most(TICK_SECONDS if self._waiting else 0)
 
     def _judge(self, queued: QueuedPacket) -> Verdict:
         """What becomes of a packet."""
         if self._reader.advance() or self._counters.generation != self._generation:
+            self._give()
             self._refresh()
         raw = queued.get_payload()
         packet = wire.parse(raw)
         if packet is None:
             self._slot[Reason.NOT_READABLE] += 1
             return DROP
+        if packet.protocol == UDP:
+            return self._datagram.judge(packet, raw)
         if packet.flags & _CONTROL != wire.SYN:
             return self._late.judge(packet, raw)
         decision = self._settle(packet, self._engine.decide_syn(packet))
@@ -204,9 +219,17 @@ class Worker:
         """Make the decision's claim, have the kernel know its target, count and log it; returns the decision that
         counts then."""
         if decision.claim is not None and not self._claimant.claim(decision.claim):
-            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(keys=decision.keys)
-        if decision.outcome is Outcome.STEER and decision.target_id not in self._loaded:
-            decision = self._load(decision)
+            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(
+                keys=decision.keys
+            )
+        if decision.outcome is Outcome.STEER:
+            if decision.target_id not in self._loaded:
+                decision = self._load(decision)
+            if (
+                packet.protocol == UDP
+                and (decision.target_id, packet.dport) not in self._answering
+            ):
+                decision = self._load_datagram(decision, packet.dport)
         self._slot[decision.reason] += 1
         if decision.malformed:
             self._slot[Extra.MALFORMED_EXTENSION] += 1
@@ -225,12 +248,33 @@ class Worker:
                 raise KernelError(
                     f"target id {decision.target_id} is in the plan, but not among the registry's targets"
                 )
-            self._nftables.insert(target_elements(self._mark.field(decision.target_id), target))
+            self._nftables.insert(
+                target_elements(self._mark.field(decision.target_id), target)
+            )
         except (KernelError, OSError) as error:
             self._log_once(f"target not loaded: {error}")
             return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
         self._loaded.add(decision.target_id)
         self._slot[Extra.LOADED] += 1
+        return decision
+
+    def _load_datagram(self, decision: Decision, dport: int) -> Decision:
+        """See to it that the kernel knows the target's answers to clients that sent to this port, and its zone."""
+        target = self._reader.target(decision.target_id)
+        if target is None:  # said by `_load`
+            return decision
+        wanted = datagram_elements(
+            self._mark.field(decision.target_id), decision.target_id, target, dport
+        )
+        try:
+            # One address and port under two ids (`same`, and by number) is one daemon: whichever came first.
+            self._nftables.insert(
+                [e for e in wanted if not self._nftables.contains(e.name, e.key)]
+            )
+        except (KernelError, OSError) as error:
+            self._log_once(f"target not loaded: {error}")
+            return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
+        self._answering.add((decision.target_id, dport))
         return decision
 
     def _on_fault(self, error: Exception) -> None:
@@ -272,11 +316,15 @@ def main() -> None:
     """Bind, say so on standard output, and serve."""
     settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
     _die_with(settings.main_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the main process's to handle
     try:
         worker = Worker(settings)
     except SteerdError as error:
-        logs.configure(process=f"worker-{settings.index}").error("worker cannot start", why=str(error))
+        logs.configure(process=f"worker-{settings.index}").error(
+            "worker cannot start", why=str(error)
+        )
         sys.exit(1)
     os.write(sys.stdout.fileno(), READY)
     worker.run()

@@ -13,6 +13,8 @@ once. If that transaction shows another plan, it is taken up first: plan and rou
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import lmdb
 import msgspec
 
@@ -27,6 +29,7 @@ from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
 from steerd.errors import RegistryError
 from steerd.model import Reason, Target
+from steerd.wire.registry import DATAGRAMS, REGISTRY
 
 _UNEXTENDED = {
     Unextended.PASS: Reason.UNEXTENDED_PASS,
@@ -74,22 +77,37 @@ class Registry:
             sessions_took_effect()
         return plan
 
-    def _plan(self, txn: lmdb.Transaction[bytes], ids: IdGiver, config: Config, probes: dict[str, list[Probe]]) -> Plan:
+    def _plan(
+        self,
+        txn: lmdb.Transaction[bytes],
+        ids: IdGiver,
+        config: Config,
+        probes: dict[str, list[Probe]],
+    ) -> Plan:
         return Plan(
             mark_low=config.gateway.mark.low,
             mark_high=config.gateway.mark.high,
             numbers=config.gateway.port_extension,
             endpoints=[
-                EndpointPlan(e.address.packed, e.protocol, e.first_port, e.last_port, index)
+                EndpointPlan(
+                    e.address.packed, e.protocol, e.first_port, e.last_port, index
+                )
                 for index, service in enumerate(config.services)
                 for e in service.endpoints
             ],
-            services=[self._service_plan(txn, ids, service, probes[service.name]) for service in config.services],
+            services=[
+                self._service_plan(txn, ids, service, probes[service.name])
+                for service in config.services
+            ],
             pending=Limits(*msgspec.structs.astuple(config.gateway.pending)),
         )
 
     def _service_plan(
-        self, txn: lmdb.Transaction[bytes], ids: IdGiver, service: Service, probes: list[Probe]
+        self,
+        txn: lmdb.Transaction[bytes],
+        ids: IdGiver,
+        service: Service,
+        probes: list[Probe],
     ) -> ServicePlan:
         mapping = None
         if (pool := service.extension_pool) is not None:
@@ -102,23 +120,37 @@ class Registry:
         return ServicePlan(
             name=service.name,
             reads_extension=PORT_EXTENSION in service.inspect,
-            payload_parsers=[
-                PayloadParser(name, self.routes.patterns(txn, service, name))
-                for name in service.inspect
-                if name != PORT_EXTENSION
-            ],
+            payload_parsers=self._parsers(txn, service, REGISTRY),
+            datagram_parsers=self._parsers(txn, service, DATAGRAMS),
+            connection_ids=list(service.connection_ids),
             probes=probes,
             mapping=mapping,
             default=ids.for_targets(service.default),
             unmatched=service.unmatched,
             unextended=_UNEXTENDED[service.unextended],
             first_payload_timeout=service.first_payload_timeout,
-            on_silence=ids.for_targets(service.on_silence) if service.on_silence else None,
-            trusted_proxies=[(p.network_address.packed, p.prefixlen) for p in service.trusted_proxies]
+            on_silence=ids.for_targets(service.on_silence)
+            if service.on_silence
+            else None,
+            trusted_proxies=[
+                (p.network_address.packed, p.prefixlen) for p in service.trusted_proxies
+            ]
             if PROXY in service.inspect
             else None,
-            sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source) if service.sessions else None,
+            sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source)
+            if service.sessions
+            else None,
         )
+
+    def _parsers(
+        self, txn: lmdb.Transaction[bytes], service: Service, registry: Container[str]
+    ) -> list[PayloadParser]:
+        """Those of a registry that a service's `inspect` names, in its order."""
+        return [
+            PayloadParser(name, self.routes.patterns(txn, service, name))
+            for name in service.inspect
+            if name in registry
+        ]
 
 
 class Reader:
@@ -138,7 +170,9 @@ class Reader:
             self._sessions = self._env.open_db(b"sessions", create=False)
             self._txn: lmdb.Transaction[bytes] | None = None
         except lmdb.Error as error:
-            raise RegistryError(f"the registry in {state_dir}/registry cannot be read: {error}") from error
+            raise RegistryError(
+                f"the registry in {state_dir}/registry cannot be read: {error}"
+            ) from error
         # The last transaction looked at, and the plan it showed; the plan that was taken up last.
         self._seen = -1
         self._serial: bytes | None = None
@@ -163,7 +197,9 @@ class Reader:
         txn = self._begin()
         plan = plan_of(txn, self._plan)
         if plan is None:
-            raise RegistryError("the registry holds no plan: the main process publishes one before it starts workers")
+            raise RegistryError(
+                "the registry holds no plan: the main process publishes one before it starts workers"
+            )
         self._seen = txn.id()
         self._serial = self._taken = txn.get(b"serial", db=self._plan)
         return plan
@@ -175,8 +211,12 @@ class Reader:
 
     def route(self, key: bytes) -> bytes | None:
         """What a router key leads to: packed TargetIds, and what else the table keeps with them."""
-        assert self._txn is not None, "a route is looked up where no decision is being made"
-        return self._txn.get(key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes)
+        assert self._txn is not None, (
+            "a route is looked up where no decision is being made"
+        )
+        return self._txn.get(
+            key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes
+        )
 
     def session(self, service: str, session_id: str) -> Session | None:
         """The session of a service that has this id, as it is at this moment."""

@@ -14,6 +14,12 @@ How a SYN, or the first payload of a connection, is decided:
 4. The best route for these keys, the extension's and the source wins (core.router says which is best). Without one,
    `extension_pool` maps the extension by arithmetic. Without that, `default` or `unmatched`.
 
+A flow of datagrams is decided in the same way, by the datagrams so far, with the parsers that read datagrams. QUIC is
+special: what comes from the middle of a connection (the client moved to another address, or its flow was forgotten)
+names no host, only a connection id. If the daemons put their server ids into these (wire.quic_lb), that is a key like
+any other, `quic.server_id`. Without a route for it the datagram is refused, and never given to the default: that
+daemon would not know the connection either.
+
 A SYN that has neither an extension nor enough data (Fast Open) says too little for that. At a *late* service its first
 payload will decide; elsewhere `unextended` speaks for it.
 """
@@ -21,7 +27,7 @@ payload will decide; elsewhere `unextended` speaks for it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -30,9 +36,9 @@ from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup
 from steerd.core.sessions import Claim, Session, SessionsPlan, judge
 from steerd.model import Answer, Extension, Keys, Outcome, Reason
-from steerd.wire import portext, proxy
+from steerd.wire import portext, proxy, quic, quic_lb
 from steerd.wire.packet import Packet
-from steerd.wire.registry import REGISTRY, Inspect
+from steerd.wire.registry import DATAGRAMS, REGISTRY, Inspect, InspectDatagrams
 
 NO_TARGET = 0
 NOT_EXTENDED = Extension(0, 0)
@@ -107,12 +113,15 @@ class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
     default: TargetIds
     unmatched: Outcome
     unextended: Reason
-    """One of the three UNEXTENDED_* reasons, or LATE."""
+    """One of the three UNEXTENDED_* reasons, or LATE. Of datagrams, LATE means that all are inspected."""
     first_payload_timeout: float
     """Seconds."""
     on_silence: TargetIds | None
     """None: a client that says nothing is of no interest."""
     sessions: SessionsPlan | None = None
+    datagram_parsers: list[PayloadParser] = []
+    connection_ids: list[quic_lb.Config] = []
+    """How QUIC daemons put their server ids into connection ids."""
     trusted_proxies: list[tuple[bytes, int]] | None = None
     """Packed network address and prefix length of each; None: the PROXY protocol is not inspected."""
     """None: the service has no session ids."""
@@ -161,6 +170,7 @@ class _Service(NamedTuple):
     routes_source_extensions: bool
     trusted: list[tuple[int, int, int]] | None
     """Of `plan.trusted_proxies`: bytes of an address, how many low bits do not count, and the others."""
+    datagram_inspectors: list[tuple[InspectDatagrams, bool]]
 
 
 def no_session(_service: str, _session_id: str) -> Session | None:
@@ -176,8 +186,8 @@ class _Reading(NamedTuple):
     """More bytes would change nothing."""
     source: bytes
     """The client's packed address, from whichever header names it."""
-    refused: bool = False
-    """It begins with a PROXY header, and its sender is no proxy of ours."""
+    refused: Reason | None = None
+    """Why it goes nowhere: an untrusted PROXY header, or, unless a route says otherwise, an unknown connection."""
 
 
 class Engine:
@@ -199,6 +209,7 @@ class Engine:
                 [_inspector(parser) for parser in service.payload_parsers if parser.name != proxy.PARSER.name],
                 any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
                 _trusted(service.trusted_proxies),
+                [_datagram_inspector(parser) for parser in service.datagram_parsers],
             )
             for service in plan.services
         ]
@@ -216,9 +227,7 @@ class Engine:
             return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
         plan = service.plan
 
-        found = portext.find(packet, self._numbers) if plan.reads_extension else None
-        malformed = found is portext.MALFORMED
-        extension = found if isinstance(found, Extension) else NOT_EXTENDED
+        extension, malformed = self._extension(service, packet)
         extended = extension.dst or (extension.src and service.routes_source_extensions)
         reading = _read(service, packet, packet.payload) if packet.payload else _Reading({}, False, packet.src)
         if plan.unextended is Reason.LATE and not (extended or reading.enough):
@@ -243,6 +252,25 @@ class Engine:
         otherwise = Reason.DEFAULT if service.plan.default != TargetIds() else Reason.UNMATCHED
         return self._choose(service, packet, reading, NOT_EXTENDED, otherwise, False)
 
+    def decide_datagrams(self, packet: Packet, payloads: Sequence[bytes]) -> Decision | Literal[Answer.NEED_MORE]:
+        """Decide for a flow by its datagrams so far, one or more; `packet` is the last of them."""
+        service = self._service_at(packet)
+        if service is None:
+            return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+        plan = service.plan
+        extension, malformed = self._extension(service, packet)
+        reading = _read_datagrams(service, packet, payloads)
+        if not reading.enough:
+            return Answer.NEED_MORE
+        otherwise = plan.unextended
+        if extension.dst or reading.keys or plan.unextended is Reason.LATE:
+            otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
+        reading.keys.update(portext.keys(extension, packet.dport))
+        decision = self._choose(service, packet, reading, extension, otherwise, malformed)
+        if decision.outcome in (Outcome.RESET, Outcome.ALERT):
+            return decision._replace(outcome=Outcome.DROP)
+        return decision
+
     def decide_silence(self, packet: Packet) -> Decision:
         """Decide for a client that completed its handshake and said nothing in time."""
         service = self._service_at(packet)
@@ -265,6 +293,11 @@ class Engine:
             return Patience(0.0, False)
         return Patience(service.plan.first_payload_timeout, service.plan.on_silence is not None)
 
+    def _extension(self, service: _Service, packet: Packet) -> tuple[Extension, bool]:
+        """A packet's port extension, if the service reads it, and whether it has one that cannot be read."""
+        found = portext.find(packet, self._numbers) if service.plan.reads_extension else None
+        return (found if isinstance(found, Extension) else NOT_EXTENDED), found is portext.MALFORMED
+
     def _choose(
         self,
         service: _Service,
@@ -277,8 +310,8 @@ class Engine:
         """A known session; else the best route; else arithmetic; else what `otherwise` says."""
         plan = service.plan
         keys = reading.keys
-        if reading.refused:
-            return Decision(plan.unmatched, Reason.UNTRUSTED_PROXY, NO_TARGET, plan.name, keys, malformed)
+        if reading.refused is Reason.UNTRUSTED_PROXY:
+            return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed)
         if plan.sessions is not None:
             ruling = judge(plan.sessions, plan.name, keys, reading.source, packet.version, self._find)
             if ruling is not None and ruling.refused:
@@ -295,6 +328,8 @@ class Engine:
             target_id = plan.mapping.target_id(extension, packet.dport, packet.version)
             if target_id:
                 return self._steer(plan, Reason.ARITHMETIC, target_id, keys, malformed)
+        if reading.refused is not None:
+            return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed)
         if otherwise is Reason.UNEXTENDED_PASS:
             return Decision(Outcome.PASS, otherwise, NO_TARGET, plan.name, keys, malformed)
         if otherwise in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT):
@@ -323,6 +358,11 @@ def _inspector(parser: PayloadParser) -> tuple[Inspect, bool]:
     return registered.make(tuple(parser.patterns)), registered.exclusive
 
 
+def _datagram_inspector(parser: PayloadParser) -> tuple[InspectDatagrams, bool]:
+    registered = DATAGRAMS[parser.name]
+    return registered.make(tuple(parser.patterns)), registered.exclusive
+
+
 def _trusted(proxies: list[tuple[bytes, int]] | None) -> list[tuple[int, int, int]] | None:
     if proxies is None:
         return None
@@ -345,7 +385,7 @@ def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:
         if isinstance(header, proxy.Header):
             keys = dict(header.keys)
             if not _is_trusted(service.trusted, packet.src):
-                return _Reading(keys, True, source, refused=True)
+                return _Reading(keys, True, source, Reason.UNTRUSTED_PROXY)
             source = header.source or source
             payload = payload[header.length :]
             if not payload and service.inspectors:
@@ -359,3 +399,22 @@ def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:
             if exclusive:
                 break
     return _Reading(keys, True, source)
+
+
+def _read_datagrams(service: _Service, packet: Packet, payloads: Sequence[bytes]) -> _Reading:
+    keys: Keys = {}
+    refused = None
+    for inspect, exclusive in service.datagram_inspectors:
+        answer = inspect(payloads)
+        if answer is Answer.NEED_MORE:
+            return _Reading(keys, False, packet.src)
+        if answer is not Answer.NOT_MINE:
+            keys |= answer
+            if exclusive:
+                break
+    if keys.get(quic.PACKET) in quic.MID_CONNECTION:
+        refused = Reason.UNKNOWN_CONNECTION
+        server_id = quic_lb.server_id(service.plan.connection_ids, bytes.fromhex(keys[quic.CONNECTION_ID]))
+        if server_id is not None:
+            keys[quic.SERVER_ID] = server_id.hex()
+    return _Reading(keys, True, packet.src, refused)

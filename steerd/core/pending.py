@@ -404,7 +404,7 @@ class Pending(Generic[D]):
         return self._wait(key, packet, data, self.patience(packet), now, attempts)
 
     def _wait(self, key: _Key, packet: Packet, data: bytes, patience: Patience, now: float, attempts: int) -> Step[D]:
-        room = self._make_room(_source(packet))
+        room = self._make_room(packet.source)
         if isinstance(room, Drop):
             return (room,)
         connection = _Undecided(packet, patience.seconds, attempts)
@@ -414,7 +414,7 @@ class Pending(Generic[D]):
         self._undecided[key] = connection
         self._deadlines.setdefault(patience.seconds, OrderedDict())[key] = now + patience.seconds
         self._evictable[key] = None
-        self._sources.setdefault(_source(packet), OrderedDict())[key] = None
+        self._sources.setdefault(packet.source, OrderedDict())[key] = None
         return (room, *_HOLD) if room else _HOLD
 
     def _next(self, key: _Key, connection: _Undecided, packet: Packet, now: float, cut: bool) -> Step[D]:
@@ -534,7 +534,7 @@ class Pending(Generic[D]):
         if not deadlines:
             del self._deadlines[connection.seconds]
         self._evictable.pop(key, None)
-        source = _source(connection.first)
+        source = connection.first.source
         own = self._sources[source]
         del own[key]
         if not own:
@@ -552,11 +552,6 @@ class Pending(Generic[D]):
 
 def _key(packet: Packet) -> _Key:
     return packet.src, packet.sport, packet.dst, packet.dport, packet.ack
-
-
-def _source(packet: Packet) -> bytes:
-    """Whom connections are counted for: an IPv4 address, or the IPv6 /64 that one host may choose its address from."""
-    return packet.src if packet.version == 4 else packet.src[:8]
 
 
 def _known(connection: _Undecided, now: float, *, given_up: bool) -> _Known:

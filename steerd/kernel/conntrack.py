@@ -1,4 +1,4 @@
-"""Single conntrack entries: is there one for a connection, and away with it. Not for lists; those are the operator's.
+"""Conntrack entries: is there one for a connection, and away with it.
 
 Layout: include/uapi/linux/netfilter/nfnetlink_conntrack.h; states: nf_conntrack_common.h (enum ip_conntrack_status).
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection, Iterator
 
 from steerd.errors import KernelError
 from steerd.kernel.nfnetlink import ACK, GENERIC, NESTED, Nfnetlink, attribute, attributes
-from steerd.model import TCP, Flow
+from steerd.model import TCP, UDP, Endpoint, Flow
 
 _SUBSYS_CTNETLINK = 1
 _GET, _DELETE = 1, 2
@@ -19,7 +20,7 @@ _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC, _IP_DST = {4: 1, 6: 3}, {4: 2, 6: 4}
 _PROTO_NUMBER, _PROTO_SPORT, _PROTO_DPORT = 1, 2, 3
 _FAMILIES = {4: 2, 6: 10}
-_SEEN_REPLY = 0x2
+_SEEN_REPLY, _DST_NAT = 0x2, 0x20
 
 
 class Conntrack:
@@ -49,12 +50,26 @@ class Conntrack:
         status = attributes(reply.body[GENERIC.size :])[_STATUS]
         return bool(int.from_bytes(status, "big") & _SEEN_REPLY)
 
-    def delete(self, flow: Flow) -> bool:
+    def delete(self, flow: Flow, protocol: int = TCP) -> bool:
         """Delete the entry of this connection; False if there is none."""
         asked = "conntrack deletes no entry"
         kind = _SUBSYS_CTNETLINK << 8 | _DELETE
-        reply = self._netlink.ask(kind, ACK, _FAMILIES[flow.version], _tuple(flow), asked)
+        reply = self._netlink.ask(kind, ACK, _FAMILIES[flow.version], _tuple(flow, protocol), asked)
         return _not_there(reply.error, asked) if reply.error else True
+
+    def forget_unsteered(self, endpoints: Collection[Endpoint]) -> int:
+        """Delete the entries of flows of datagrams to these endpoints that have no translation and no answer; how many
+        there were."""
+        found = [flow for flow in self._unsteered() if _is_at(flow, endpoints)]
+        return sum(self.delete(flow, UDP) for flow in found)
+
+    def _unsteered(self) -> Iterator[Flow]:
+        asked = "conntrack does not list its entries"
+        for body in self._netlink.dump(_SUBSYS_CTNETLINK << 8 | _GET, 0, b"", asked):
+            fields = attributes(body)
+            status = int.from_bytes(fields.get(_STATUS, b""), "big")
+            if status & (_SEEN_REPLY | _DST_NAT) == 0 and (flow := _udp_flow(fields[_TUPLE_ORIG])) is not None:
+                yield flow
 
     def close(self) -> None:
         self._netlink.close()
@@ -67,10 +82,25 @@ def _not_there(error: int, asked: str) -> bool:
     return False
 
 
-def _tuple(flow: Flow) -> bytes:
+def _udp_flow(original: bytes) -> Flow | None:
+    """The 4-tuple in an attribute CTA_TUPLE_ORIG; None unless it is UDP."""
+    parts = attributes(original)
+    addresses, protocol = attributes(parts[_TUPLE_IP]), attributes(parts[_TUPLE_PROTO])
+    if protocol.get(_PROTO_NUMBER) != bytes([UDP]):
+        return None
+    version = 4 if _IP_SRC[4] in addresses else 6
+    sport, dport = (int.from_bytes(protocol[port], "big") for port in (_PROTO_SPORT, _PROTO_DPORT))
+    return Flow(addresses[_IP_SRC[version]], sport, addresses[_IP_DST[version]], dport)
+
+
+def _is_at(flow: Flow, endpoints: Collection[Endpoint]) -> bool:
+    return any(e.address.packed == flow.dst and e.first_port <= flow.dport <= e.last_port for e in endpoints)
+
+
+def _tuple(flow: Flow, protocol_number: int = TCP) -> bytes:
     addresses = attribute(_IP_SRC[flow.version], flow.src) + attribute(_IP_DST[flow.version], flow.dst)
     protocol = (
-        attribute(_PROTO_NUMBER, bytes([TCP]))
+        attribute(_PROTO_NUMBER, bytes([protocol_number]))
         + attribute(_PROTO_SPORT, flow.sport.to_bytes(2, "big"))
         + attribute(_PROTO_DPORT, flow.dport.to_bytes(2, "big"))
     )

@@ -1,7 +1,7 @@
 """What the machine already does that could get in steerd's way: its routes, ip rules, firewall, and processes.
 
 Everything here looks and changes nothing. It sees the network namespace of the calling thread. steerd's own table, and
-its own chain in iptables-nft's mangle table, are left out.
+its own chains in iptables-nft's raw and mangle tables, are left out.
 
 nft shows what iptables-nft made of a rule it has no words for as an opaque "xt". Such a rule is read from
 iptables-nft-save instead, which lists the same rules of a chain in the same order.
@@ -30,7 +30,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from steerd.core.marks import MARK_BITS
 from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE
-from steerd.kernel.ruleset import FALLBACK_CHAIN
+from steerd.kernel.ruleset import FALLBACK_CHAIN, FALLBACK_TABLES
 from steerd.model import IPAddress
 
 ALL_BITS = (1 << MARK_BITS) - 1
@@ -172,7 +172,7 @@ def _table(family: str, name: str) -> Table:
     saved = iptables_rules(_output([tool])) if tool else {}
     chains = {}
     for chain in (o["chain"] for o in objects if "chain" in o):
-        if name == "mangle" and family in _SAVE_TOOLS and chain["name"] == FALLBACK_CHAIN:
+        if name in FALLBACK_TABLES and family in _SAVE_TOOLS and chain["name"] == FALLBACK_CHAIN:
             continue
         rules = [_rule(raw, texts) for raw in raws[chain["name"]]]
         if tool and any(map(_is_opaque, raws[chain["name"]])):

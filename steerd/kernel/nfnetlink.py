@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from steerd.errors import KernelError
@@ -100,3 +101,16 @@ class Nfnetlink:
             for reply in self.receive(asked):
                 if reply.sequence == sequence:
                     return reply
+
+    def dump(self, kind: int, family: int, about: bytes, asked: str) -> Iterator[bytes]:
+        """The attributes of every object that the kernel answers a request with, to be taken one after the other; none
+        where there is nothing to list. Ends early only if the kernel does."""
+        sequence = self.next_sequence()
+        self.send(message(kind, REQUEST | DUMP, sequence, family, 0, about))
+        while True:
+            for reply in self.receive(asked):
+                if reply.sequence != sequence:
+                    continue
+                if reply.kind in (NLMSG_DONE, NLMSG_ERROR):
+                    return
+                yield reply.body[GENERIC.size :]

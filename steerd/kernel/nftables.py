@@ -19,12 +19,8 @@ from steerd.errors import KernelError
 from steerd.kernel.nfnetlink import (
     ACK,
     CREATE,
-    DUMP,
-    GENERIC,
     NESTED,
     NETLINK_NETFILTER,
-    NLMSG_DONE,
-    NLMSG_ERROR,
     REQUEST,
     Nfnetlink,
     attribute,
@@ -153,18 +149,9 @@ class Nftables:
 
     def _dump(self, request: int, family: int, about: bytes, doing: str) -> list[tuple[dict[int, bytes], bytes]]:
         """Every object that the kernel answers a request with: its attributes by kind, and all of them as they came."""
-        sequence = self._netlink.next_sequence()
-        kind = _SUBSYS_NFTABLES << 8 | request
-        self._netlink.send(message(kind, REQUEST | DUMP, sequence, family, 0, about))
-        found: list[tuple[dict[int, bytes], bytes]] = []
-        while True:
-            for reply in self._netlink.receive(f"nf_tables {doing} of table inet {TABLE}"):
-                if reply.sequence != sequence:
-                    continue
-                if reply.kind in (NLMSG_DONE, NLMSG_ERROR):
-                    return found
-                body = reply.body[GENERIC.size :]
-                found.append((attributes(body), body))
+        asked = f"nf_tables {doing} of table inet {TABLE}"
+        bodies = self._netlink.dump(_SUBSYS_NFTABLES << 8 | request, family, about, asked)
+        return [(attributes(body), body) for body in bodies]
 
 
 class Watcher:

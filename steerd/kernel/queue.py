@@ -39,6 +39,18 @@ _DROPPED = struct.Struct("!28sI").pack
 _ACCEPTED = struct.Struct("!28sI4sI").pack
 
 
+class Verdict(NamedTuple):
+    """What becomes of a queued packet."""
+
+    id: int | None
+    """For the mark; None: it is dropped."""
+    payload: bytes | None = None
+    """What goes on in its place."""
+
+
+DROP = Verdict(None)
+
+
 class QueuedPacket(Protocol):
     """What python-netfilterqueue hands to the callback. The payload is there until the callback returns."""
 

@@ -1,8 +1,9 @@
 """The table `inet steerd`: filled in from nft/steerd.nft, loaded in one transaction, taken away whole.
 
 Where the kernel has no `queue` statement (CONFIG_NFT_QUEUE), the table only marks the packets, and one rule for each
-worker in a chain STEERD of iptables-nft's mangle table hands them over at -150, right behind ours at -151. Which of
-the two it is, is found out by asking the kernel, and nobody need know.
+worker in a chain STEERD of iptables-nft's raw table (-300) and mangle table (-150) hands them over, right behind our
+chains `query` (-301) and `divert` (-151). Which of the two it is, is found out by asking the kernel, and nobody need
+know.
 
 `nft/install.sh` renders the same text from the same file in shell; tests/unit/test_ruleset.py holds the two together.
 """
@@ -10,6 +11,7 @@ the two it is, is found out by asking the kernel, and nobody need know.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from steerd.core.marks import ASK_ID, OURS_ID, PASS_ID, RESET_ID, MarkLayout
+from steerd.core.marks import ASK_ID, FIRST_TARGET_ID, OURS_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.core.pools import Pool
 from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE, Element, Nftables
@@ -30,8 +32,10 @@ FALLBACK_CHAIN = "STEERD"
 # Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
 # reload would send the rest of a connection's packets to another worker.
 _SEED = "0x5354"
-_IPTABLES = ("iptables-nft", "ip6tables-nft")
-_TARGET_SETS = ("targets4", "targets6", "hosts4", "hosts6")
+_IPTABLES = {"iptables-nft": "ip", "ip6tables-nft": "ip6"}
+FALLBACK_TABLES = ("raw", "mangle")
+_TARGET_MAPS = ("targets4", "targets6", "hosts4", "hosts6", "daemons4", "daemons6", "zones", "learned")
+_ZONES = 65535
 _CHECK_SETS = ("translated4", "translated6", "translated_hosts4", "translated_hosts6")
 
 
@@ -57,6 +61,14 @@ class Settings(NamedTuple):
     wscale: int
 
 
+class IdleTimeouts(NamedTuple):
+    """Conntrack timeouts of a flow of datagrams, in seconds."""
+
+    unreplied: int
+    """While only the client has spoken."""
+    replied: int
+
+
 class Contents(NamedTuple):
     """What the daemon keeps in the table's sets."""
 
@@ -65,6 +77,11 @@ class Contents(NamedTuple):
     every_syn: tuple[Endpoint, ...]
     late: tuple[Endpoint, ...]
     silent: tuple[Endpoint, ...]
+    datagram: tuple[Endpoint, ...]
+    query: tuple[Endpoint, ...]
+    rebinding: tuple[Endpoint, ...]
+    idle: tuple[tuple[Endpoint, IdleTimeouts], ...]
+    """Of every UDP endpoint."""
     pools: tuple[Pool, ...]
     wildcard: tuple[tuple[Pool | Target, int], ...]
     """Targets, or whole pools with a port (0: any), whose daemons may be bound to the wildcard address."""
@@ -104,8 +121,8 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
         "SYN_RECV": str(settings.syn_recv),
         "TIME_WAIT": str(settings.time_wait),
         "CLOSE": str(settings.close),
-        "QUEUE4": "\n\t\t".join(_queue_rules("ip saddr . tcp sport", settings, native=native)),
-        "QUEUE6": "\n\t\t".join(_queue_rules("ip6 saddr . tcp sport", settings, native=native)),
+        "QUEUE4": "\n\t\t".join(_queue_rules("ip saddr . th sport", settings, native=native)),
+        "QUEUE6": "\n\t\t".join(_queue_rules("ip6 saddr . th sport", settings, native=native)),
     }
     head, rest = template.split("\ntable inet steerd {", 1)
     text = "table inet steerd {" + rest
@@ -156,6 +173,9 @@ def fill(contents: Contents) -> str:
             ("every_syn", contents.every_syn),
             ("late", contents.late),
             ("silent", contents.silent),
+            ("datagram", contents.datagram),
+            ("query", contents.query),
+            ("rebinding", contents.rebinding),
         ):
             replace(
                 f"{name}{version}",
@@ -166,7 +186,28 @@ def fill(contents: Contents) -> str:
             (str(prefix) for pool in contents.pools for prefix in pool.prefixes if prefix.version == version),
         )
         replace(f"wildcard{version}", _wildcards(contents, version))
+        lines += _idle_rules(contents, version)
     return "\n".join(lines) + "\n"
+
+
+def _idle_rules(contents: Contents, version: int) -> Iterable[str]:
+    """One `ct timeout` for each pair of values in use, and the rule that finds an endpoint's. A timeout that is no
+    longer in use stays: it can be taken away only when the last flow that has it is gone."""
+    yield f"flush chain inet {TABLE} idle{version}"
+    mine = [(endpoint, timeouts) for endpoint, timeouts in contents.idle if endpoint.address.version == version]
+    names = {timeouts: f"udp{version}_{timeouts.unreplied}_{timeouts.replied}" for _, timeouts in mine}
+    for timeouts, name in names.items():
+        yield (
+            f"add ct timeout inet {TABLE} {name} {{ protocol udp; l3proto {'ip' if version == 4 else 'ip6'};"
+            f" policy = {{ unreplied : {timeouts.unreplied}, replied : {timeouts.replied} }}; }}"
+        )
+    if mine:
+        listed = ", ".join(f'{e.address} . {_ports(e)} : "{names[timeouts]}"' for e, timeouts in mine)
+        field = "ip daddr" if version == 4 else "ip6 daddr"
+        yield (
+            f"add rule inet {TABLE} idle{version} ct state new ct status & confirmed == 0"
+            f" ct timeout set {field} . udp dport map {{ {listed} }}"
+        )
 
 
 def _ports(endpoint: Endpoint) -> str:
@@ -207,7 +248,7 @@ def _port_ranges(wanted: set[int], taken: set[int]) -> list[str]:
 
 def flush_targets() -> str:
     """nft commands that empty what workers have put into the table. Only while no worker is bound."""
-    return "".join(f"flush map inet {TABLE} {name}\n" for name in _TARGET_SETS) + "".join(
+    return "".join(f"flush map inet {TABLE} {name}\n" for name in _TARGET_MAPS) + "".join(
         f"flush set inet {TABLE} {name}\n" for name in _CHECK_SETS
     )
 
@@ -225,6 +266,20 @@ def target_elements(mark_value: int, target: Target) -> list[Element]:
         Element(f"targets{version}", key, address + port),
         Element(f"translated{version}", key + address + port, None),
     ]
+
+
+def datagram_elements(mark_value: int, target_id: int, target: Target, dport: int) -> list[Element]:
+    """The elements that a target of datagrams needs besides: how its answers are known, for clients that send to port
+    `dport`, and its conntrack zone.
+
+    There are 65,535 zones. Two targets in one zone that answer the same client's queries would be taken for one; the
+    check after translation drops what would have gone wrong.
+    """
+    version = target.address.version
+    key = mark_value.to_bytes(4, sys.byteorder)
+    daemon = target.address.packed + (target.port or dport).to_bytes(2, "big") + b"\0\0"
+    zone = (target_id - FIRST_TARGET_ID) % _ZONES + 1
+    return [Element(f"daemons{version}", daemon, key), Element("zones", key, zone.to_bytes(2, sys.byteorder))]
 
 
 def flow_key(flow: Flow) -> bytes:
@@ -261,9 +316,11 @@ def our_rules(nftables: Nftables) -> set[tuple[int, str, int]]:
     that somebody deletes is missing here for ever: the kernel gives no handle twice."""
     found = {(1, rule.chain, rule.handle) for rule in nftables.rules(1, TABLE) if rule.chain != "admit"}
     name = FALLBACK_CHAIN.encode() + b"\0"
-    for family in (2, 10):
-        rules = nftables.rules(family, "mangle")
-        found |= {(family, r.chain, r.handle) for r in rules if r.chain == FALLBACK_CHAIN or name in r.body}
+    for family, table in itertools.product((2, 10), FALLBACK_TABLES):
+        rules = nftables.rules(family, table)
+        found |= {
+            (family, f"{table} {r.chain}", r.handle) for r in rules if r.chain == FALLBACK_CHAIN or name in r.body
+        }
     return found
 
 
@@ -293,20 +350,26 @@ def _install_fallback(settings: Settings) -> None:
         f" -j NFQUEUE --queue-num {settings.first_queue + number}\n"
         for number in range(settings.queues)
     )
+    text = "".join(f"*{table}\n:{FALLBACK_CHAIN} - [0:0]\n{rules}COMMIT\n" for table in FALLBACK_TABLES)
+    jump = ["PREROUTING", "-j", FALLBACK_CHAIN]
     for tool in _IPTABLES:
-        _must([f"{tool}-restore", "--noflush"], f"*mangle\n:{FALLBACK_CHAIN} - [0:0]\n{rules}COMMIT\n")
-        jump = ["PREROUTING", "-j", FALLBACK_CHAIN]
-        if _run([tool, "-t", "mangle", "-C", *jump]).failed:
-            _must([tool, "-t", "mangle", "-A", *jump])
+        _must([f"{tool}-restore", "--noflush"], text)
+        for table in FALLBACK_TABLES:
+            if _run([tool, "-t", table, "-C", *jump]).failed:
+                _must([tool, "-t", table, "-A", *jump])
 
 
 def _remove_fallback() -> None:
-    for tool in _IPTABLES:
-        if shutil.which(tool) and not _run([tool, "-t", "mangle", "-S", FALLBACK_CHAIN]).failed:
-            while not _run([tool, "-t", "mangle", "-D", "PREROUTING", "-j", FALLBACK_CHAIN]).failed:
+    for tool, table in itertools.product(_IPTABLES, FALLBACK_TABLES):
+        if shutil.which(tool) and not _run([tool, "-t", table, "-S", FALLBACK_CHAIN]).failed:
+            while not _run([tool, "-t", table, "-D", "PREROUTING", "-j", FALLBACK_CHAIN]).failed:
                 pass
-            _must([tool, "-t", "mangle", "-F", FALLBACK_CHAIN])
-            _must([tool, "-t", "mangle", "-X", FALLBACK_CHAIN])
+            _must([tool, "-t", table, "-F", FALLBACK_CHAIN])
+            _must([tool, "-t", table, "-X", FALLBACK_CHAIN])
+            # A table that says nothing is one that we have made.
+            left = _run([tool, "-t", table, "-S"]).output.splitlines()
+            if all(re.fullmatch("-P .* ACCEPT", line) for line in left):
+                _nft(f"delete table {_IPTABLES[tool]} {table}\n")
 
 
 class _Done(NamedTuple):

@@ -42,9 +42,9 @@ class Extra(enum.IntEnum):
     SILENT = 37
     """Clients that said nothing at once, where that is of interest."""
     EVICTED_SOURCE = 38
-    """Undecided connections pushed out by newer ones of their source (`pending.source_connections`)."""
+    """Undecided connections or flows pushed out by newer ones of their source (`pending.source_connections`)."""
     EVICTED_TOTAL = 39
-    """Undecided connections pushed out by newer ones (`pending.connections`)."""
+    """Undecided connections or flows pushed out by newer ones (`pending.connections`)."""
     FULL_SOURCE = 40
     """First segments dropped: no room for their source, and nothing that could be pushed out."""
     FULL_TOTAL = 41
@@ -70,6 +70,10 @@ class Extra(enum.IntEnum):
     NOT_SENT = 51
     """Packets of a worker's own that were not sent: dropped in output by our table (its counter `undelivered`) or by a
     firewall, or for want of memory or a route (then the log has the first)."""
+    HELD_DATAGRAMS = 52
+    """First datagrams held, since more is needed for a decision."""
+    CUT_DATAGRAMS = 53
+    """First datagrams dropped: more is needed for a decision, and they are too long for a whole copy."""
 
 
 assert len(Reason) <= min(Extra)

@@ -153,6 +153,7 @@ PARSER = Parser(
     summary="DNS over TCP: name and type of the first query",
 )
 DATAGRAMS = DatagramParser(
+    every=True,
     name="dns",
     keys=PARSER.keys,
     datagrams=1,

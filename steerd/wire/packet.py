@@ -15,7 +15,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from steerd.model import TCP, UDP
+from steerd.model import TCP, UDP, Flow
 
 FIN = 0x01
 SYN = 0x02
@@ -62,6 +62,16 @@ class Packet(NamedTuple):
     """What TCP or UDP carries, as far as it was copied; padding behind the packet's own length is not in it."""
     window: int = 0
     """The TCP window field as it stands, unscaled."""
+
+    @property
+    def flow(self) -> Flow:
+        """The 4-tuple."""
+        return Flow(self.src, self.sport, self.dst, self.dport)
+
+    @property
+    def source(self) -> bytes:
+        """Whom things are counted for: an IPv4 address, or the IPv6 /64 that one host may choose its address from."""
+        return self.src if self.version == 4 else self.src[:8]
 
 
 def parse(data: bytes) -> Packet | None:
@@ -118,6 +128,13 @@ def parse(data: bytes) -> Packet | None:
         payload = data[body : start + length]
         return Packet(version, src, dst, UDP, sport, dport, 0, 0, 0, ip_options, dst_options, b"", payload)
     return None
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether a copy of a readable packet ends before the packet does."""
+    if data[0] >> 4 == 4:
+        return int.from_bytes(data[2:4], "big") > len(data)
+    return 40 + int.from_bytes(data[4:6], "big") > len(data)
 
 
 def _walk_extension_headers(data: bytes, held: int, protocol: int) -> tuple[int, int, bytes] | None:

@@ -61,6 +61,8 @@ class DatagramParser(NamedTuple):
     make: Callable[[tuple[str, ...]], InspectDatagrams]
     summary: str
     exclusive: bool = True
+    every: bool = False
+    """Each datagram says where it wants to go itself, and nothing about others of its flow."""
 
     def gives(self, key: str) -> bool:
         """Whether a key is one of this parser's."""

@@ -126,10 +126,11 @@ class Gateway:
         return {o["counter"]["name"]: o["counter"]["packets"] for o in objects if "counter" in o}
 
     # ---- daemons behind it ----
-    def respond(self, *runs: tuple[str, int, int]) -> subprocess.Popen[str]:
-        """A responder on the gateway for runs of (first address, count, port); returns once it listens."""
+    def respond(self, *runs: tuple[str, int, int], program: str = "responder") -> subprocess.Popen[str]:
+        """A responder on the gateway for runs of (first address, count, port); returns once it listens. `program`: or
+        "udp_responder"."""
         process = subprocess.Popen(
-            self.host.command(sys.executable, "-m", "tests.netns.responder"),
+            self.host.command(sys.executable, "-m", f"tests.netns.{program}"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
         self._processes.append(process)

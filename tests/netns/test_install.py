@@ -5,6 +5,7 @@ gateway: a firewall of its own (table inet other, a chain of iptables-nft's mang
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -195,9 +196,9 @@ def test_uninstall_removes_all_that_is_ours_and_nothing_else(host: Host, way: st
     install(host, *([way] if way else []), "--queues", "3")
     assert "table inet steerd" in rules(host)
     if way:
-        for tool in TABLES:
-            assert host.sh(f"{tool} -t mangle -S STEERD").count("NFQUEUE") == 3
-            assert "-A PREROUTING -j STEERD" in host.sh(f"{tool} -t mangle -S")
+        for tool, table in itertools.product(TABLES, ("raw", "mangle")):
+            assert host.sh(f"{tool} -t {table} -S STEERD").count("NFQUEUE") == 3
+            assert "-A PREROUTING -j STEERD" in host.sh(f"{tool} -t {table} -S")
         host.sh("iptables-nft -t mangle -A PREROUTING -j STEERD")  # a jump that somebody doubled goes as well
     assert install(host, "--uninstall") == "table inet steerd is gone\n"
     assert rules(host) == before
@@ -293,8 +294,8 @@ def test_fewer_queues_leave_no_rule_for_the_others(host: Host) -> None:
     after = rules(host)
     install(host, "--queues", "1")
     assert rules(host) == after
-    for tool in TABLES:
-        assert host.sh(f"{tool} -t mangle -S").count("NFQUEUE") <= 1
+    for tool, table in itertools.product(TABLES, ("raw", "mangle")):
+        assert host.sh(f"{tool} -t {table} -S").count("NFQUEUE") <= 1
 
 
 def test_python_removes_what_the_script_has_loaded(host: Host) -> None:

@@ -541,15 +541,11 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         endpoint("'203.0.113.10:443'"),
-        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "203.0.113.10:443" does not end in /tcp.',
-    ),
-    (
-        endpoint("'203.0.113.10:443/udp'"),
-        "services.web.endpoints[0]: Endpoints of udp are not supported yet; only /tcp is.",
+        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "203.0.113.10:443" does not end in /tcp or /udp.',
     ),
     (
         endpoint("'203.0.113.10:443/sctp'"),
-        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "sctp" is not a protocol that is steered, only tcp is.',
+        f'services.web.endpoints[0]: {ENDPOINT_USAGE}; "sctp" is not a protocol that is steered, only tcp and udp are.',
     ),
     (
         endpoint("'203.0.113.10:0/tcp'"),

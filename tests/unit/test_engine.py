@@ -370,7 +370,7 @@ def test_where_a_syn_goes(plan: Decider, packet: Packet, service: str, reason: R
 def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() -> None:
     not_the_engines = {Reason.NOT_READABLE, Reason.NOT_LOADED, Reason.FAULT}
     not_the_engines |= {Reason.SILENCE, Reason.TOO_LONG, Reason.TOO_SLOW, Reason.CONFLICT, Reason.ENDED}
-    not_the_engines |= {Reason.UNANSWERED, Reason.UNTRUSTED_PROXY}
+    not_the_engines |= {Reason.UNANSWERED, Reason.UNTRUSTED_PROXY, Reason.UNKNOWN_CONNECTION}
     assert {reason for _, _, reason, _ in STEERED} == set(Reason) - not_the_engines
     assert {expected if isinstance(expected, Outcome) else Outcome.STEER for *_, expected in STEERED} == set(Outcome)
 

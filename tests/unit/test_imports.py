@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "telemetry": {"model", "errors"},
     "client": {"wire", "model", "errors"},
     "late": {"core", "kernel", "wire", "model", "telemetry"},
+    "datagram": {"core", "kernel", "wire", "model", "telemetry"},
     "worker": EVERYTHING,
     "daemon": EVERYTHING,
     "cli": EVERYTHING,

@@ -19,7 +19,7 @@ from steerd.daemon import contents_of, settings_of
 from steerd.errors import KernelError
 from steerd.kernel import ruleset
 from steerd.kernel.handshake import Handshake
-from steerd.kernel.ruleset import Contents, Settings
+from steerd.kernel.ruleset import Contents, IdleTimeouts, Settings
 from steerd.model import TCP, Endpoint, Target
 
 TEMPLATE_PATH = ruleset.template_path()
@@ -144,7 +144,7 @@ def test_every_packet_of_a_connection_meets_the_same_worker() -> None:
     for native in (True, False):
         rendered = ruleset.render(TEMPLATE, settings_for()._replace(queues=3), native=native)
         hashes = re.findall(r"jhash (.*?) mod (\d+) seed (\w+)", rendered)
-        assert set(hashes) == {("ip saddr . tcp sport", "3", "0x5354"), ("ip6 saddr . tcp sport", "3", "0x5354")}
+        assert set(hashes) == {("ip saddr . th sport", "3", "0x5354"), ("ip6 saddr . th sport", "3", "0x5354")}
         assert len(hashes) == (2 if native else 6)
 
 
@@ -165,8 +165,8 @@ def endpoint(text: str, first: int, last: int | None = None) -> Endpoint:
     return Endpoint(ipaddress.ip_address(text), first, last or first, TCP)
 
 
-SETS = ("endpoints", "early", "every_syn", "late", "silent", "aliases", "wildcard")
-NOTHING = Contents((), (), (), (), (), (), ())
+SETS = ("endpoints", "early", "every_syn", "late", "silent", "datagram", "query", "rebinding", "aliases", "wildcard")
+NOTHING = Contents(*[()] * len(Contents._fields))
 
 
 def commands(contents: Contents) -> list[str]:
@@ -176,7 +176,11 @@ def commands(contents: Contents) -> list[str]:
 
 
 def test_filling_with_nothing_empties_every_set() -> None:
-    assert commands(NOTHING) == [f"flush set inet steerd {name}{version}" for version in (4, 6) for name in SETS]
+    expected = []
+    for version in (4, 6):
+        expected += [f"flush set inet steerd {name}{version}" for name in SETS]
+        expected.append(f"flush chain inet steerd idle{version}")
+    assert commands(NOTHING) == expected
 
 
 def test_filling_with_ranges_and_both_families() -> None:
@@ -190,21 +194,40 @@ def test_filling_with_ranges_and_both_families() -> None:
         every_syn=(many,),
         late=(one, six),
         silent=(six,),
+        datagram=(many, six),
+        query=(one,),
+        rebinding=(many,),
+        idle=((one, IdleTimeouts(5, 10)), (many, IdleTimeouts(30, 120)), (six, IdleTimeouts(30, 120))),
         pools=(pool,),
         wildcard=((alias, 80), (six_alias, 0), (pool, 90), (pool, 90)),
     )
-    added = [line.removeprefix("add element inet steerd ") for line in commands(contents) if line.startswith("add")]
+    added = [line.removeprefix("add element inet steerd ") for line in commands(contents) if "add element" in line]
+    timeouts = [line for line in commands(contents) if line.startswith(("add ct", "add rule"))]
+    policy = "policy = { unreplied : %d, replied : %d };"
+    assert timeouts == [
+        f"add ct timeout inet steerd udp4_5_10 {{ protocol udp; l3proto ip; {policy % (5, 10)} }}",
+        f"add ct timeout inet steerd udp4_30_120 {{ protocol udp; l3proto ip; {policy % (30, 120)} }}",
+        "add rule inet steerd idle4 ct state new ct status & confirmed == 0 ct timeout set ip daddr . udp dport map"
+        ' { 203.0.113.10 . 443 : "udp4_5_10", 203.0.113.10 . 8000-8999 : "udp4_30_120" }',
+        f"add ct timeout inet steerd udp6_30_120 {{ protocol udp; l3proto ip6; {policy % (30, 120)} }}",
+        "add rule inet steerd idle6 ct state new ct status & confirmed == 0 ct timeout set ip6 daddr . udp dport map"
+        ' { 2001:db8::10 . 1-65535 : "udp6_30_120" }',
+    ]
     assert added == [
         "endpoints4 { 203.0.113.10 . 6 . 443, 203.0.113.10 . 6 . 8000-8999 }",
         "early4 { 203.0.113.10 . 443 }",
         "every_syn4 { 203.0.113.10 . 8000-8999 }",
         "late4 { 203.0.113.10 . 443 }",
+        "datagram4 { 203.0.113.10 . 8000-8999 }",
+        "query4 { 203.0.113.10 . 443 }",
+        "rebinding4 { 203.0.113.10 . 8000-8999 }",
         "aliases4 { 10.64.0.0/16, 10.70.0.0/30 }",
         "wildcard4 { 10.64.0.0/16 . 90, 10.70.0.0/30 . 90, 10.64.0.9 . 80 }",
         "endpoints6 { 2001:db8::10 . 6 . 1-65535 }",
         "early6 { 2001:db8::10 . 1-65535 }",
         "late6 { 2001:db8::10 . 1-65535 }",
         "silent6 { 2001:db8::10 . 1-65535 }",
+        "datagram6 { 2001:db8::10 . 1-65535 }",
         "aliases6 { fd00:64::/112 }",
         "wildcard6 { fd00:64::/112 . 90, fd00:64::9 . 0-89, fd00:64::9 . 91-65535 }",
     ]
@@ -247,7 +270,7 @@ def test_every_set_is_emptied_before_it_is_filled() -> None:
 
 def test_what_the_daemon_fills_in_are_sets_of_the_template() -> None:
     made = config.parse(SERVICE, "steerd.toml")
-    names = {line.split()[4] for line in commands(contents_of(made))}
+    names = {line.split()[4] for line in commands(contents_of(made)) if line.split()[1] in ("set", "element")}
     emptied = {line.split()[4] for line in ruleset.flush_targets().splitlines()}
     declared = set(re.findall(r"^\t(?:set|map) (\w+) \{$", BODY, re.MULTILINE))
     assert names | emptied <= declared
@@ -258,8 +281,11 @@ def test_what_the_daemon_fills_in_are_sets_of_the_template() -> None:
         for port in (0, 80)
         for element in ruleset.target_elements(0x1000, Target(ipaddress.ip_address(text), port))
     ]
-    assert set(elements) == emptied
-    assert len(elements) == len(emptied)
+    target = Target(ipaddress.ip_address("10.64.0.1"), 0)
+    daemons, zones = ruleset.datagram_elements(0x1000, 16, target, 53)
+    assert (daemons.name, daemons.key[:6], zones.name) == ("daemons4", target.address.packed + b"\0\x35", "zones")
+    assert set(elements) | {"daemons4", "daemons6", "zones", "learned"} == emptied
+    assert len(elements) == len(set(elements))
 
 
 @pytest.mark.parametrize(
