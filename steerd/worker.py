@@ -79,9 +79,7 @@ class Worker:
         self._rulings: list[Ruling] = []
         self._tasks: list[Callable[[], None]] = []
         self._late = Late(self._settle, self._give, self._slot, self._nftables)
-        self._datagram = Datagram(
-            self._settle, self._slot, self._late.after, self._late.send
-        )
+        self._datagram = Datagram(self._settle, self._slot, self._late.after, self._late.send)
         self._refresh()
         self._queue = self._bind()
         self._waiting = False
@@ -142,9 +140,7 @@ class Worker:
     def _on_packet(self, queued: QueuedPacket) -> None:
         try:
             verdict = self._judge(queued)
-        except (
-            Exception
-        ) as error:  # whatever it was: this packet is lost, the next one is not
+        except Exception as error:  # whatever it was: this packet is lost, the next one is not
             self._on_fault(error)
             self._late.after.clear()
             verdict = DROP
@@ -174,9 +170,7 @@ class Worker:
                 task()
             except PermissionError:  # dropped in output: by our table (counter undelivered), or by a firewall
                 self._slot[Extra.NOT_SENT] += 1
-            except (
-                OSError
-            ) as error:  # no memory, no route: this one is lost, and the client repeats
+            except OSError as error:  # no memory, no route: this one is lost, and the client repeats
                 self._slot[Extra.NOT_SENT] += 1
                 self._log_once(f"a packet of the worker's own was not sent: {error}")
             except Exception as error:
@@ -219,16 +213,11 @@ class Worker:
         """Make the decision's claim, have the kernel know its target, count and log it; returns the decision that
         counts then."""
         if decision.claim is not None and not self._claimant.claim(decision.claim):
-            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(
-                keys=decision.keys
-            )
+            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(keys=decision.keys)
         if decision.outcome is Outcome.STEER:
             if decision.target_id not in self._loaded:
                 decision = self._load(decision)
-            if (
-                packet.protocol == UDP
-                and (decision.target_id, packet.dport) not in self._answering
-            ):
+            if packet.protocol == UDP and (decision.target_id, packet.dport) not in self._answering:
                 decision = self._load_datagram(decision, packet.dport)
         self._slot[decision.reason] += 1
         if decision.malformed:
@@ -248,9 +237,7 @@ class Worker:
                 raise KernelError(
                     f"target id {decision.target_id} is in the plan, but not among the registry's targets"
                 )
-            self._nftables.insert(
-                target_elements(self._mark.field(decision.target_id), target)
-            )
+            self._nftables.insert(target_elements(self._mark.field(decision.target_id), target))
         except (KernelError, OSError) as error:
             self._log_once(f"target not loaded: {error}")
             return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
@@ -263,14 +250,10 @@ class Worker:
         target = self._reader.target(decision.target_id)
         if target is None:  # said by `_load`
             return decision
-        wanted = datagram_elements(
-            self._mark.field(decision.target_id), decision.target_id, target, dport
-        )
+        wanted = datagram_elements(self._mark.field(decision.target_id), decision.target_id, target, dport)
         try:
             # One address and port under two ids (`same`, and by number) is one daemon: whichever came first.
-            self._nftables.insert(
-                [e for e in wanted if not self._nftables.contains(e.name, e.key)]
-            )
+            self._nftables.insert([e for e in wanted if not self._nftables.contains(e.name, e.key)])
         except (KernelError, OSError) as error:
             self._log_once(f"target not loaded: {error}")
             return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
@@ -316,15 +299,11 @@ def main() -> None:
     """Bind, say so on standard output, and serve."""
     settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
     _die_with(settings.main_pid)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     try:
         worker = Worker(settings)
     except SteerdError as error:
-        logs.configure(process=f"worker-{settings.index}").error(
-            "worker cannot start", why=str(error)
-        )
+        logs.configure(process=f"worker-{settings.index}").error("worker cannot start", why=str(error))
         sys.exit(1)
     os.write(sys.stdout.fileno(), READY)
     worker.run()

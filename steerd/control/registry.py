@@ -89,16 +89,11 @@ class Registry:
             mark_high=config.gateway.mark.high,
             numbers=config.gateway.port_extension,
             endpoints=[
-                EndpointPlan(
-                    e.address.packed, e.protocol, e.first_port, e.last_port, index
-                )
+                EndpointPlan(e.address.packed, e.protocol, e.first_port, e.last_port, index)
                 for index, service in enumerate(config.services)
                 for e in service.endpoints
             ],
-            services=[
-                self._service_plan(txn, ids, service, probes[service.name])
-                for service in config.services
-            ],
+            services=[self._service_plan(txn, ids, service, probes[service.name]) for service in config.services],
             pending=Limits(*msgspec.structs.astuple(config.gateway.pending)),
         )
 
@@ -129,22 +124,14 @@ class Registry:
             unmatched=service.unmatched,
             unextended=_UNEXTENDED[service.unextended],
             first_payload_timeout=service.first_payload_timeout,
-            on_silence=ids.for_targets(service.on_silence)
-            if service.on_silence
-            else None,
-            trusted_proxies=[
-                (p.network_address.packed, p.prefixlen) for p in service.trusted_proxies
-            ]
+            on_silence=ids.for_targets(service.on_silence) if service.on_silence else None,
+            trusted_proxies=[(p.network_address.packed, p.prefixlen) for p in service.trusted_proxies]
             if PROXY in service.inspect
             else None,
-            sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source)
-            if service.sessions
-            else None,
+            sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source) if service.sessions else None,
         )
 
-    def _parsers(
-        self, txn: lmdb.Transaction[bytes], service: Service, registry: Container[str]
-    ) -> list[PayloadParser]:
+    def _parsers(self, txn: lmdb.Transaction[bytes], service: Service, registry: Container[str]) -> list[PayloadParser]:
         """Those of a registry that a service's `inspect` names, in its order."""
         return [
             PayloadParser(name, self.routes.patterns(txn, service, name))
@@ -170,9 +157,7 @@ class Reader:
             self._sessions = self._env.open_db(b"sessions", create=False)
             self._txn: lmdb.Transaction[bytes] | None = None
         except lmdb.Error as error:
-            raise RegistryError(
-                f"the registry in {state_dir}/registry cannot be read: {error}"
-            ) from error
+            raise RegistryError(f"the registry in {state_dir}/registry cannot be read: {error}") from error
         # The last transaction looked at, and the plan it showed; the plan that was taken up last.
         self._seen = -1
         self._serial: bytes | None = None
@@ -197,9 +182,7 @@ class Reader:
         txn = self._begin()
         plan = plan_of(txn, self._plan)
         if plan is None:
-            raise RegistryError(
-                "the registry holds no plan: the main process publishes one before it starts workers"
-            )
+            raise RegistryError("the registry holds no plan: the main process publishes one before it starts workers")
         self._seen = txn.id()
         self._serial = self._taken = txn.get(b"serial", db=self._plan)
         return plan
@@ -211,12 +194,8 @@ class Reader:
 
     def route(self, key: bytes) -> bytes | None:
         """What a router key leads to: packed TargetIds, and what else the table keeps with them."""
-        assert self._txn is not None, (
-            "a route is looked up where no decision is being made"
-        )
-        return self._txn.get(
-            key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes
-        )
+        assert self._txn is not None, "a route is looked up where no decision is being made"
+        return self._txn.get(key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes)
 
     def session(self, service: str, session_id: str) -> Session | None:
         """The session of a service that has this id, as it is at this moment."""
