@@ -13,8 +13,6 @@ once. If that transaction shows another plan, it is taken up first: plan and rou
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 import lmdb
 import msgspec
 
@@ -23,7 +21,7 @@ from steerd.control import sessions as session_table
 from steerd.control.routes import RouteTable
 from steerd.control.sessions import SessionTable
 from steerd.control.store import IdGiver, Store, open_to_read, plan_of, target_of
-from steerd.core.engine import EndpointPlan, Mapping, PayloadParser, Plan, ServicePlan
+from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan
 from steerd.core.pending import Limits
 from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
@@ -115,8 +113,8 @@ class Registry:
         return ServicePlan(
             name=service.name,
             reads_extension=PORT_EXTENSION in service.inspect,
-            payload_parsers=self._parsers(txn, service, REGISTRY),
-            datagram_parsers=self._parsers(txn, service, DATAGRAMS),
+            payload_parsers=self.routes.parsers(txn, service, [name for name in service.inspect if name in REGISTRY]),
+            datagram_parsers=self.routes.parsers(txn, service, [name for name in service.inspect if name in DATAGRAMS]),
             connection_ids=list(service.connection_ids),
             probes=probes,
             mapping=mapping,
@@ -130,14 +128,6 @@ class Registry:
             else None,
             sessions=SessionsPlan(service.sessions.key, service.sessions.on_new_source) if service.sessions else None,
         )
-
-    def _parsers(self, txn: lmdb.Transaction[bytes], service: Service, registry: Container[str]) -> list[PayloadParser]:
-        """Those of a registry that a service's `inspect` names, in its order."""
-        return [
-            PayloadParser(name, self.routes.patterns(txn, service, name))
-            for name in service.inspect
-            if name in registry
-        ]
 
 
 class Reader:

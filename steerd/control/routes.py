@@ -62,11 +62,9 @@ from steerd.core.router import (
 )
 from steerd.errors import ConfigError, RegistryError
 from steerd.model import Route
+from steerd.wire.registry import PATTERNED, check_patterns
 
 LEASE, _EXTERNAL4, _EXTERNAL6, _UNUSABLE = 1, 2, 4, 8
-
-PATTERNED = ("prefix", "regex")
-"""Parsers, and their only keys, that must know the values of all routes (wire.parser.Parser.make)."""
 
 _BEHIND_STATIC = 1 << 62
 _ID = struct.Struct("!I")
@@ -248,10 +246,8 @@ class RouteTable:
                 msgspec.structs.replace(
                     service_plan,
                     probes=list(self._probes(self._force, service)),
-                    payload_parsers=[
-                        PayloadParser(parser.name, self.patterns(txn, service, parser.name))
-                        for parser in service_plan.payload_parsers
-                    ],
+                    payload_parsers=self.parsers(txn, service, [p.name for p in service_plan.payload_parsers]),
+                    datagram_parsers=self.parsers(txn, service, [p.name for p in service_plan.datagram_parsers]),
                 )
                 for service, service_plan in zip(self._force.config.services, plan.services, strict=True)
             ]
@@ -288,16 +284,30 @@ class RouteTable:
 
         return {service.name: list(self._probes(force, service)) for service in config.services}, took_effect
 
-    def patterns(self, txn: lmdb.Transaction[bytes], service: Service, parser: str) -> list[str]:
-        """The values of all routes of a service that a parser must know; [] for most parsers."""
-        if parser not in PATTERNED:
+    def parsers(self, txn: lmdb.Transaction[bytes], service: Service, names: Iterable[str]) -> list[PayloadParser]:
+        """Parsers of a service, with the values of all its routes that they must know. Raises RegistryError for more
+        values than one can know: no worker could use such a plan."""
+        found = [PayloadParser(name, self._patterns(txn, service, name)) for name in names]
+        for parser in found:
+            try:
+                check_patterns(parser.name, parser.patterns)
+            except ValueError as error:
+                raise RegistryError(
+                    f"the routes of the service {service.name} have values that its parser {parser.name} cannot take:"
+                    f" {error}"
+                ) from error
+        return found
+
+    def _patterns(self, txn: lmdb.Transaction[bytes], service: Service, parser: str) -> list[str]:
+        key = PATTERNED.get(parser)
+        if key is None:
             return []
-        found = {c.value for route in service.routes for c in route.conditions if c.key == parser}
+        found = {c.value for route in service.routes for c in route.conditions if c.key == key}
         for known in self._known.get(service.name, {}).values():
-            if known.routes and any(part.key == parser for part in known.shape.parts):
-                for key, value in self._range(txn, known):
-                    route = route_at(known.shape, key, _Entry.unpack(value).values)
-                    found |= {c.value for c in route.conditions if c.key == parser}
+            if known.routes and any(part.key == key for part in known.shape.parts):
+                for packed, value in self._range(txn, known):
+                    route = route_at(known.shape, packed, _Entry.unpack(value).values)
+                    found |= {c.value for c in route.conditions if c.key == key}
         return sorted(found)
 
     def _probes(self, force: _Force, service: Service) -> tuple[Probe, ...]:
@@ -612,7 +622,7 @@ class RouteTable:
         if is_new or not known.routes:
             self._rivals.clear()
             self._plan_is_stale = True
-        if any(part.key in PATTERNED for part in known.shape.parts):
+        if any(part.key in PATTERNED.values() for part in known.shape.parts):
             self._plan_is_stale = True
 
     def _use(self, txn: lmdb.Transaction[bytes], entry: _Entry, more: int) -> None:

@@ -7,6 +7,8 @@ sweep both, so that a new parser is held to the contract as well.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from steerd.model import TCP, UDP
 from steerd.wire import (
     dns,
@@ -34,11 +36,13 @@ from steerd.wire.parser import DatagramParser, Inspect, InspectDatagrams, Parser
 __all__ = [
     "DATAGRAMS",
     "PARSER_NAMES",
+    "PATTERNED",
     "REGISTRY",
     "DatagramParser",
     "Inspect",
     "InspectDatagrams",
     "Parser",
+    "check_patterns",
     "transports",
 ]
 
@@ -83,7 +87,18 @@ DATAGRAMS: dict[str, DatagramParser] = {
 PARSER_NAMES = tuple(dict.fromkeys((*REGISTRY, *DATAGRAMS)))
 """Of all parsers, each once."""
 
+PATTERNED = {"prefix": "prefix", "regex": "regex", "wireguard": "wireguard.public-key"}
+"""Parsers whose `make` must be told the values that a service's routes compare a key with, and that key."""
+
 
 def transports(name: str) -> tuple[int, ...]:
     """What a parser of this name can read: model.TCP, model.UDP, both, or nothing where there is no such parser."""
     return tuple(protocol for protocol, parsers in ((TCP, REGISTRY), (UDP, DATAGRAMS)) if name in parsers)
+
+
+def check_patterns(name: str, patterns: Collection[str]) -> None:
+    """Whether a parser can work with all these values of a service's routes together. Raises ValueError, with a
+    sentence."""
+    for parsers in (REGISTRY, DATAGRAMS):
+        if name in parsers:
+            parsers[name].make(tuple(patterns))

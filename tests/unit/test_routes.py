@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from steerd.control.sessions import RequestError
 from steerd.core.engine import Engine
 from steerd.errors import RegistryError, SteerdError
 from steerd.model import TCP, Answer, Outcome
+from steerd.wire import wireguard
 from steerd.wire.packet import Packet
 
 TEXT = """
@@ -430,3 +432,52 @@ def test_what_is_acknowledged_is_what_is_there(
         expected[packed] = expected.get(packed, 0) + 1
     assert {address: int.from_bytes(packed, "big") for address, packed in uses.items()} == expected
     lab.registry.close()
+
+
+# ---- datagrams ----
+
+DATAGRAMS = """
+[pools.tenants]
+prefixes = ["10.64.0.0/24"]
+[services.tunnels]
+endpoints = ["203.0.113.10:51820/udp"]
+inspect = ["wireguard", "prefix"]
+routes = [{ when.wireguard.public-key = "aGfFP/CshhRguvtn5UD4kh1DeIYBSOVotdR5YzEMADQ=", target = "10.64.0.1:51820" }]
+"""
+
+
+def wireguard_key(number: int) -> str:
+    return base64.b64encode(number.to_bytes(32)).decode()
+
+
+def test_parsers_of_datagrams_know_the_values_of_all_routes(lab: Lab) -> None:
+    lab.publish(DATAGRAMS)
+
+    def patterns() -> dict[str, list[str]]:
+        reader = lab.registry.reader()
+        (service,) = reader.refresh().services
+        reader.rest()
+        return {parser.name: parser.patterns for parser in service.datagram_parsers}
+
+    static = "aGfFP/CshhRguvtn5UD4kh1DeIYBSOVotdR5YzEMADQ="
+    assert patterns() == {"wireguard": [static], "prefix": []}
+    lab.put({"wireguard.public-key": wireguard_key(1)}, "10.64.0.2:51820", service="tunnels")
+    lab.put({"prefix": "hello"}, "10.64.0.3:51820", service="tunnels")
+    assert patterns() == {"wireguard": [wireguard_key(1), static], "prefix": ["hello"]}
+    lab.remove({"wireguard.public-key": wireguard_key(1)}, service="tunnels")
+    assert patterns() == {"wireguard": [static], "prefix": ["hello"]}
+
+
+def test_more_values_than_a_parser_can_know_are_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker could not make its engine of such a plan."""
+    monkeypatch.setattr(wireguard, "MAX_KEYS", 2)
+    lab.publish(DATAGRAMS)
+    lab.put({"wireguard.public-key": wireguard_key(1)}, "10.64.0.2:51820", service="tunnels")
+    many = "^the routes of the service tunnels have values that its parser wireguard cannot take: 3 public keys"
+    with pytest.raises(RegistryError, match=many):
+        lab.put({"wireguard.public-key": wireguard_key(2)}, "10.64.0.2:51820", service="tunnels")
+    assert [view.when for view in lab.views("tunnels")][1:] == [{"wireguard.public-key": wireguard_key(1)}]
+    more = DATAGRAMS.replace("routes = [", f'routes = [{{ when.wireguard.public-key = "{wireguard_key(3)}",'
+                             ' target = "10.64.0.1:1" }, ')  # fmt: skip
+    with pytest.raises(RegistryError, match=many):
+        lab.publish(more)

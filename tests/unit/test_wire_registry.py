@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import pytest
+
 from steerd.model import TCP, UDP
-from steerd.wire.registry import DATAGRAMS, REGISTRY, transports
+from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, PATTERNED, REGISTRY, check_patterns, transports
 
 
 def test_names() -> None:
@@ -36,6 +40,18 @@ def test_transports() -> None:
     assert transports("http") == (TCP,)
     assert transports("dns") == (TCP, UDP)
     assert transports("port-extension") == ()
+
+
+@pytest.mark.parametrize("name", PARSER_NAMES)
+def test_the_parsers_that_look_at_the_routes_values_are_named(name: str) -> None:
+    """No value above U+00FF is right for any that look, and those that do not look take it."""
+    wants_values = (
+        pytest.raises(ValueError, match=r"U\+00FF|public key") if name in PATTERNED else contextlib.nullcontext()
+    )
+    with wants_values:
+        check_patterns(name, ["\u0100"])
+    if name in PATTERNED:
+        assert all(name not in parsers or parsers[name].gives(PATTERNED[name]) for parsers in (REGISTRY, DATAGRAMS))
 
 
 def test_gives() -> None:
