@@ -359,6 +359,7 @@ class _RawPool(Struct):
     prefixes: list[str]
     mode: Mode = "addresses"
     size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
+    quarantine: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 600
 
 
 class _RawExtensionPool(Struct):
@@ -890,7 +891,7 @@ def _prefixes(name: str, raw: _RawPool, reader: _Reader) -> dict[str, IPNetwork]
 
 def _pool(name: str, raw: _RawPool, prefixes: dict[str, IPNetwork], reader: _Reader) -> Pool:
     path = _join("pools", name)
-    pool = Pool(name, tuple(prefixes.values()), raw.mode, raw.size)
+    pool = Pool(name, tuple(prefixes.values()), raw.mode, raw.size, raw.quarantine)
     if reader.is_bad(path):
         return pool
     for version in (4, 6):

@@ -18,6 +18,7 @@ import msgspec
 
 from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import sessions as session_table
+from steerd.control.leases import Effects, LeaseTable, NoEffects
 from steerd.control.routes import RouteTable
 from steerd.control.sessions import SessionTable
 from steerd.control.store import IdGiver, Store, open_to_read, plan_of, target_of
@@ -42,9 +43,11 @@ _DYNAMIC_BIT = DYNAMIC >> 24
 class Registry:
     """The writer's side; the main process holds the only one."""
 
-    def __init__(self, state_dir: str) -> None:
+    def __init__(self, state_dir: str, effects: Effects | None = None) -> None:
+        """`effects`: what leases do to the kernel; None: nothing."""
         self._store = Store(state_dir)
         self.routes = RouteTable(self._store)
+        self.leases = LeaseTable(self._store, self.routes, effects or NoEffects())
         self.sessions = SessionTable(self._store)
 
     def close(self) -> None:
@@ -70,8 +73,10 @@ class Registry:
                 probes, routes_took_effect = self.routes.publish(txn, ids, config)
                 plan = self._plan(txn, ids, config, probes)
                 self._store.put_plan(txn, plan)
+                leases_took_effect = self.leases.publish(txn, config)
                 sessions_took_effect = self.sessions.publish(txn, ids, config)
             routes_took_effect()
+            leases_took_effect()
             sessions_took_effect()
         return plan
 

@@ -476,6 +476,11 @@ class RouteTable:
         if not entry.flags & LEASE:
             self._use(txn, entry, -1)
 
+    def view(self, txn: lmdb.Transaction[bytes], key: bytes) -> RouteView:
+        """The dynamic route at a key."""
+        known, entry = self._at(txn, key)
+        return self._view(txn, known, key, entry)
+
     def is_used(self, txn: lmdb.Transaction[bytes], address: bytes) -> bool:
         """Whether dynamic routes of no lease lead to an address."""
         return self._uses_of(txn, address) + self._more_uses[address] > 0

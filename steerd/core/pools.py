@@ -27,6 +27,8 @@ class Pool(NamedTuple):
     prefixes: tuple[IPNetwork, ...]
     mode: Mode = "addresses"
     size: int | None = None
+    quarantine: int = 600
+    """Seconds for which an alias whose lease has ended is not leased to another name."""
 
     def blocks(self, version: int) -> list[Block]:
         """The pool's aliases of one address family (4 or 6) as runs of consecutive addresses, in index order."""
