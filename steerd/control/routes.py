@@ -115,13 +115,14 @@ class _ShapeRecord(msgspec.Struct, array_like=True):
 class _Known:
     """A shape of one service that has a number."""
 
-    __slots__ = ("number", "routes", "service", "shape")
+    __slots__ = ("is_patterned", "number", "routes", "service", "shape")
 
     def __init__(self, number: int, service: str, shape: Shape, routes: int) -> None:
         self.number = number
         self.service = service
         self.shape = shape
         self.routes = routes
+        self.is_patterned = any(part.key in PATTERNED.values() for part in shape.parts)
 
 
 class _Entry(NamedTuple):
@@ -627,7 +628,7 @@ class RouteTable:
         if is_new or not known.routes:
             self._rivals.clear()
             self._plan_is_stale = True
-        if any(part.key in PATTERNED.values() for part in known.shape.parts):
+        if known.is_patterned:
             self._plan_is_stale = True
 
     def _use(self, txn: lmdb.Transaction[bytes], entry: _Entry, more: int) -> None:

@@ -53,7 +53,7 @@ from steerd.kernel.rtnetlink import (
     encode,
     errno_text,
 )
-from steerd.model import IPNetwork
+from steerd.model import IPAddress, IPNetwork
 
 PROTOCOL = 0x53
 """Marks our addresses (IFA_PROTO) and our routes (rtm_protocol)."""
@@ -78,6 +78,8 @@ _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _IFAPROT_KERNEL = range(1, 4)
 """IFAPROT_KERNEL_LO, _RA, _LL (linux/if_addr.h): addresses that the kernel gave a device by itself."""
 _RT_TABLE_LOCAL, _RTN_LOCAL, _RT_SCOPE_HOST, _RTPROT_KERNEL = 255, 2, 254, 2
+_AT_ROUTE_TYPE = 7
+"""Where struct rtmsg has the type of a route."""
 _RTEXT_FILTER_SKIP_STATS = 8
 _IN6_ADDR_GEN_MODE_NONE = 1
 _IFNAMSIZ = 16
@@ -151,6 +153,20 @@ def missing(pools: Sequence[Pool]) -> int:
     with Rtnetlink() as netlink:
         plan = plan_addresses(wanted_addresses(pools), _held(netlink, _links(netlink)))
         return plan.added + len(wanted_routes(pools) - _our_routes(netlink))
+
+
+def are_local(addresses: Iterable[IPAddress]) -> bool:
+    """Whether the kernel takes all of these for addresses of this machine. One message each."""
+    with Rtnetlink() as netlink:
+        for address in addresses:
+            message = rtmsg()
+            message["family"] = socket.AF_INET if address.version == 4 else socket.AF_INET6
+            message["dst_len"] = address.max_prefixlen
+            message["attrs"] = [("RTA_DST", str(address))]
+            found = netlink.answer(encode(message, _RTM_GETROUTE))
+            if found is None or found[_AT_ROUTE_TYPE] != _RTN_LOCAL:
+                return False
+    return True
 
 
 class Watcher:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Collection, Iterator
 
 from steerd.errors import KernelError
@@ -21,6 +22,11 @@ _IP_SRC, _IP_DST = {4: 1, 6: 3}, {4: 2, 6: 4}
 _PROTO_NUMBER, _PROTO_SPORT, _PROTO_DPORT = 1, 2, 3
 _FAMILIES = {4: 2, 6: 10}
 _SEEN_REPLY, _DST_NAT = 0x2, 0x20
+_ID, _ZONE, _FILTER = 12, 18, 25
+_IDENTITY = (_TUPLE_ORIG, _ID, _ZONE)
+"""What names one entry and no other, not even one of the same addresses and ports that comes after it."""
+_FILTER_REPLY_FLAGS, _FILTER_BY_SOURCE = 2, 1
+_WIDTHS = {4: 4, 6: 16}
 
 
 class Conntrack:
@@ -63,6 +69,28 @@ class Conntrack:
         found = [flow for flow in self._unsteered() if _is_at(flow, endpoints)]
         return sum(self.delete(flow, UDP) for flow in found)
 
+    def end_flows_to(self, addresses: Collection[bytes]) -> int:
+        """Delete the entries of all connections and flows whose daemon has one of these addresses (packed), of whatever
+        protocol; how many there were."""
+        asked = "conntrack does not list its entries"
+        kind = _SUBSYS_CTNETLINK << 8
+        ended = 0
+        for version, family in _FAMILIES.items():
+            wanted = {address for address in addresses if len(address) == _WIDTHS[version]}
+            if not wanted:
+                continue
+            # The kernel (since 5.8) sorts out the entries of one address by itself; of many, we do.
+            about = _answered_by(next(iter(wanted)), version) if len(wanted) == 1 else b""
+            found = []
+            for body in self._netlink.dump(kind | _GET, family, about, asked):
+                fields = attributes(body)
+                if attributes(attributes(fields[_TUPLE_REPLY])[_TUPLE_IP])[_IP_SRC[version]] in wanted:
+                    found.append(b"".join(attribute(name, fields[name]) for name in _IDENTITY if name in fields))
+            for identity in found:
+                reply = self._netlink.ask(kind | _DELETE, ACK, family, identity, "conntrack deletes no entry")
+                ended += _not_there(reply.error, "conntrack deletes no entry") if reply.error else True
+        return ended
+
     def _unsteered(self) -> Iterator[Flow]:
         asked = "conntrack does not list its entries"
         for body in self._netlink.dump(_SUBSYS_CTNETLINK << 8 | _GET, 0, b"", asked):
@@ -73,6 +101,13 @@ class Conntrack:
 
     def close(self) -> None:
         self._netlink.close()
+
+
+def _answered_by(address: bytes, version: int) -> bytes:
+    """What a dump is asked for that is to hold entries with this source of answers only."""
+    addresses = attribute(_TUPLE_IP | NESTED, attribute(_IP_SRC[version], address))
+    flags = attribute(_FILTER_REPLY_FLAGS, _FILTER_BY_SOURCE.to_bytes(4, sys.byteorder))
+    return attribute(_TUPLE_REPLY | NESTED, addresses) + attribute(_FILTER | NESTED, flags)
 
 
 def _not_there(error: int, asked: str) -> bool:

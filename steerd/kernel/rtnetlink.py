@@ -120,6 +120,18 @@ class Rtnetlink:
                         return refused
                 at += (length + 3) & ~3
 
+    def answer(self, message: bytes) -> bytes | None:
+        """Send one message that is answered with an object; the object, or None if the kernel has none."""
+        sequence = self._take_sequences(1)
+        request = bytearray(message)
+        struct.pack_into("=I", request, 8, sequence)
+        self._socket.send(request)
+        while True:
+            data = self._receive()
+            _, kind, _, answered, _ = HEADER.unpack_from(data)
+            if answered == sequence:
+                return None if kind == NLMSG_ERROR else data[HEADER.size :]
+
     def dump(self, message: bytes) -> list[_Object]:
         """Ask for a dump: every object as (buffer, offset of the payload behind the header, end).
 
