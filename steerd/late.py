@@ -60,6 +60,7 @@ _DROPPED = {
     Why.OUTSIDE: Extra.OUTSIDE,
     Why.GAPS: Extra.GAPS,
     Why.GIVEN_UP: Extra.GIVEN_UP,
+    Why.NOT_GENUINE: Extra.NOT_GENUINE,
     Why.CLIENT_RESET: Extra.CLIENT_RESET,
     Why.FIN_ALONE: Extra.NO_USE,
     Why.NO_DATA: Extra.NO_USE,
@@ -97,7 +98,7 @@ class Late:
         self._nftables = nftables
         self._conntrack = Conntrack()
         self._injector = Injector(0)
-        self._pending = Pending(pending.Limits(), self._inspect, self._patience)
+        self._pending = Pending(pending.Limits(), self._inspect, self._patience, self._is_genuine)
         self._looked = 0.0
         # Connections whose copy the kernel did not take were not opened, whatever conntrack holds for their ports.
         self._undelivered: set[Flow] = set()
@@ -158,6 +159,23 @@ class Late:
 
     def _patience(self, packet: Packet) -> pending.Patience:
         return self._engine.patience(packet)
+
+    def _is_genuine(self, first: Packet) -> bool:
+        """Have the kernel check the client's cookie now, opening nothing. An old connection in the way of that goes."""
+        flow = first.flow
+        if self._passes(first):
+            return True
+        if not self._is_vanished(flow):
+            return False
+        self._delete_entry(flow)
+        return self._passes(first)
+
+    def _passes(self, first: Packet) -> bool:
+        try:
+            self._injector.send(segment.bare_ack(first), self._mark.field(ASK_ID))
+        except OSError:
+            self._slot[Extra.NOT_SENT] += 1
+        return self._is_noted(first)
 
     # ---- actions ----
 
@@ -249,7 +267,7 @@ class Late:
     def _refuse(self, first: Packet, decision: Decision, data: bytes) -> None:
         """By now the kernel has checked the client's cookie, and noted the client if it was right. A spoofer's victim
         gets nothing from us. Needs no state: what we said so far is the one SYN-ACK."""
-        if not self._nftables.contains(f"genuine{first.version}", flow_key(first.flow)):
+        if not self._is_noted(first):
             self._slot[Extra.NOT_GENUINE] += 1
             return
         said = b""
@@ -283,6 +301,10 @@ class Late:
         if flow in self._undelivered:
             return True
         return not self._conntrack.is_answered(flow)
+
+    def _is_noted(self, first: Packet) -> bool:
+        """As genuine: the kernel was asked a moment ago, and its cookie was right."""
+        return self._nftables.contains(f"genuine{first.version}", flow_key(first.flow))
 
     def _is_vanished(self, flow: Flow) -> bool:
         return self._nftables.contains(f"vanished{flow.version}", flow_key(flow))

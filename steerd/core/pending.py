@@ -20,7 +20,8 @@ GiveUp for every connection whose time is over, or a `Silence` if its client has
 `next_deadline` has passed, and now and then. `now` is in seconds and never goes back. `inspect(packet, data)` is asked
 with all bytes from the presumed beginning on, without a gap, and answers NEED_MORE or the decision. It must keep the
 contract of `wire.parser`: once decided, more bytes change nothing. `patience(packet)` is asked once for a connection
-that has to wait. All three, with `limits`, may be replaced at any time (a reload).
+that has to wait. `is_genuine(first)` is asked once for a connection before anything of it is acknowledged: whether the
+client did receive our answer to its SYN. All of them, with `limits`, may be replaced at any time (a reload).
 
 **Silent clients.** Where the server speaks first, patience says so, and the ACK that ends a client's handshake is held
 like a first segment of no bytes. If nothing follows in time, `expire` gives a Silence: an ACK made from the header of
@@ -57,7 +58,8 @@ A sequence number before the presumed beginning is news in every case: the guess
 
 **Room** is bounded four ways (`Limits`). A new connection pushes out the oldest unacknowledged one of its source, or
 of all, rather than being turned away: hellos come whole within milliseconds, floods stay. Nothing that was
-acknowledged is ever pushed out; where nothing else is left, the new one is dropped, and the client tries again.
+acknowledged is ever pushed out; where nothing else is left, the new one is dropped, and the client tries again. So
+nothing is acknowledged to a source that may be forged: forged ones could take all the room.
 """
 
 from __future__ import annotations
@@ -141,6 +143,8 @@ class Why(enum.Enum):
     """One more gap than MAX_RANGES allows; the client repeats it."""
     OUTSIDE = "outside"
     """Before a beginning that is acknowledged, or beyond `connection_bytes`."""
+    NOT_GENUINE = "not-genuine"
+    """It would be acknowledged now, but its client never saw our answer to its SYN."""
     FIN_ALONE = "fin-alone"
     """A FIN, and nothing is known of its connection: the client closed without a word, or its data comes later."""
     NO_DATA = "no-data"
@@ -303,10 +307,17 @@ class _Undecided:
 class Pending(Generic[D]):
     """All undecided connections of one worker. See the top of the file for how it is used."""
 
-    def __init__(self, limits: Limits, inspect: Inspect[D], patience: Callable[[Packet], Patience]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        inspect: Inspect[D],
+        patience: Callable[[Packet], Patience],
+        is_genuine: Callable[[Packet], bool],
+    ) -> None:
         self.limits = limits
         self.inspect = inspect
         self.patience = patience
+        self.is_genuine = is_genuine
         self._undecided: dict[_Key, _Undecided] = {}
         # Deadlines, in ascending order: a queue for each length of patience that is in use. OrderedDict, because the
         # oldest entry of a dict from which the oldest was often removed is found only by walking over the holes.
@@ -470,6 +481,9 @@ class Pending(Generic[D]):
             return (self._give_up(key, connection, Why.BYTES, now),)
         if connection.sights < SIGHTS_OF_THE_BEGINNING:
             return _HOLD
+        if not connection.acknowledged and not self.is_genuine(connection.first):
+            self._forget(key, connection)
+            return _DROP[Why.NOT_GENUINE]
         connection.acknowledged = after
         self._evictable.pop(key, None)
         return (Acknowledge(packet, (connection.first.seq + after) & _SEQUENCE, limit - after),)

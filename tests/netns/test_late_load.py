@@ -158,11 +158,16 @@ def test_clients_that_vanish_and_come_back_from_the_same_port_for_another_name(l
 
 
 def test_clients_that_vanish_while_a_worker_sleeps_and_is_killed(loaded: Loaded) -> None:
-    """What was sent meanwhile, and sent again, waits for a worker; the next worker knows nothing of the last one's."""
+    """What was sent meanwhile, and sent again, waits for a worker; the next worker knows nothing of the last one's.
+
+    No FINs here: Linux opens a connection behind its own TIME_WAIT with a sequence number ahead of its clock. Having
+    vanished from that one, it would at once go back to numbers that conntrack takes for the old connection's. A client
+    that has lost its power comes back later than that, or with numbers of chance.
+    """
     loaded.lab.allow_unasked = True
     loaded.lab.expected_warnings.append("worker died")
     count = share(2000)
-    running = loaded.clients(count, "vanish,fin,reset", 50)
+    running = loaded.clients(count, "vanish,reset", 50)
     time.sleep(0.5)
     for _ in range(2):
         sleeping = loaded.workers()[-1]

@@ -82,7 +82,10 @@ class Gateway:
 
     def __init__(self, inspect: Callable[[bytes], Wanted], payload: bytes, start: int, fin: bool, limits: Limits):
         self.pending: Pending[Decision] = Pending(
-            limits, lambda _first, data: inspect(data), lambda _: Patience(1e6, False)
+            limits,
+            lambda _first, data: inspect(data),
+            lambda _: Patience(1e6, False),
+            lambda first: first.seq == start & 0xFFFFFFFF,
         )
         self.payload, self.start, self.fin = payload, start, fin
         self.arrived: set[int] = set()
@@ -286,7 +289,7 @@ def test_bounds_hold_and_what_is_inspected_is_what_is_delivered(
     def patience(packet: Packet) -> Patience:
         return Patience(LONGEST_PATIENCE if packet.src < SOURCES[2] else 1.0, for_silence)
 
-    pending: Pending[Decision] = Pending(TIGHT, asked, patience)
+    pending: Pending[Decision] = Pending(TIGHT, asked, patience, lambda first: first.ack % 3 != 0)
     said: dict[tuple[bytes, int], set[tuple[int, int]]] = {}
     now = 0.0
     for src, ack, offset, payload, flags, pause, cut in packets:
@@ -343,6 +346,7 @@ def test_of_two_hellos_at_most_one_is_seen_and_that_one_is_delivered(
         Limits(),
         lambda _first, got: got if len(got) == len(payload) else Answer.NEED_MORE,
         lambda _first: Patience(10.0, False),
+        lambda _first: True,
     )
     held: set[int] = set()
     for low, high in data.draw(cuts(len(payload))):

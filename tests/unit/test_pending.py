@@ -48,7 +48,7 @@ def line(_first: Packet, data: bytes) -> str | Literal[Answer.NEED_MORE]:
 
 def made(*, seconds: float = 10.0, for_silence: bool = False, **limits: Any) -> Pending[str]:
     patience = Patience(seconds, for_silence)
-    return Pending(Limits()._replace(**limits), line, lambda _packet: patience)
+    return Pending(Limits()._replace(**limits), line, lambda _packet: patience, lambda _first: True)
 
 
 def decided(step: Step[str]) -> Decide[str]:
@@ -446,6 +446,24 @@ def test_nothing_acknowledged_is_pushed_out(limit: str, why: Why) -> None:
     assert decided(held.segment(segment(1, b"\n", ack=0), 1.0)).data == b"a\n"
 
 
+def test_nothing_is_acknowledged_to_who_may_be_forged_nor_kept_for_him() -> None:
+    held = made()
+    asked: list[Packet] = []
+
+    def is_genuine(first: Packet) -> bool:
+        asked.append(first)
+        return first.ack == COOKIE + 1
+
+    held.is_genuine = is_genuine
+    forged = segment(0, b"a", ack=COOKIE)
+    assert [held.segment(forged, 1.0) for _ in range(3)] == [HOLD, HOLD, (Drop(Why.NOT_GENUINE),)]
+    assert (len(held), held.held_bytes, held._sources) == (0, 0, {})
+    genuine = segment(0, b"a")
+    assert [type(held.segment(genuine, 1.0)[0]) for _ in range(4)] == [Hold, Hold, Acknowledge, Acknowledge]
+    assert asked == [forged, genuine], "asked once"
+    assert held.segment(forged, 1.0) == HOLD, "judged afresh"
+
+
 def test_gaps_are_bounded_and_the_lowest_bytes_have_the_better_claim() -> None:
     held = made()
     for number in range(pending.MAX_RANGES):
@@ -474,7 +492,7 @@ def test_what_brings_nothing_new_is_not_inspected() -> None:
         asked.append(data)
         return Answer.NEED_MORE
 
-    held: Pending[str] = Pending(Limits(), never_enough, lambda _packet: Patience(10.0, False))
+    held: Pending[str] = Pending(Limits(), never_enough, lambda _packet: Patience(10.0, False), lambda _first: True)
     for offset, data in ((0, b"hel"), (0, b"hel"), (1, b"e"), (5, b"x"), (3, b"l"), (2, b"l")):
         held.segment(segment(offset, data), 1.0)
     assert asked == [b"hel", b"hell"]
