@@ -24,7 +24,7 @@ import re
 import string
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -50,10 +50,9 @@ from steerd.model import (
     Route,
     Target,
 )
-from steerd.wire import portext, quic_lb
-from steerd.wire.dns import type_name
+from steerd.wire import dns, portext, quic, quic_lb
 from steerd.wire.portext import Numbers
-from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, REGISTRY, transports
+from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, PATTERNED, REGISTRY, check_patterns, transports
 
 PORT_EXTENSION = "port-extension"
 """The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
@@ -308,7 +307,7 @@ class RouteChecker:
         route = self.check_match(when, source)
         reader = self._reader
         self._scene.wildcard.clear()
-        coming = self._versions if route.source is None else self._versions & {route.source.version}
+        coming = _coming(route.source, self._versions, self._conditions)
         targets = _targets(target, "target", coming, self._scene)
         if self._scene.wildcard:
             reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
@@ -759,12 +758,14 @@ def _host_name(text: str) -> str:
 _SPELLINGS: dict[str, Callable[[str], str]] = {
     **dict.fromkeys(
         (
-            *("http.host", "proxy.authority", "rtsp.host", "sip.host", "minecraft.host", "dns.qname"),
+            *("http.host", "proxy.authority", "rtsp.host", "sip.host", "minecraft.host"),
             *("tls.sni", "quic.sni", "dtls.sni"),
         ),
         _host_name,
     ),
-    "dns.qtype": type_name,
+    "dns.qname": lambda text: _host_name(dns.name(text)),
+    "dns.qtype": dns.type_name,
+    **dict.fromkeys((quic.SERVER_ID, quic.CONNECTION_ID, "quic.dcid"), str.lower),
 }
 """For keys whose values people spell in several ways: the way that the parser spells them."""
 
@@ -787,9 +788,7 @@ def _condition(key: str, value: object, parser: str) -> Condition:
             "Is compared with bytes, one character each (U+0000 to U+00FF), so it can never match; text in UTF-8 is"
             " written byte by byte: \\u00c3\\u00a9."
         )
-    for registry in (REGISTRY, DATAGRAMS):
-        if parser in registry:
-            registry[parser].make((condition.value,))
+    check_patterns(parser, [condition.value])
     return condition
 
 
@@ -1005,17 +1004,16 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     on_silence: tuple[Target, ...] = ()
     if raw.on_silence is not None:
         on_silence = _targets(raw.on_silence, f"{path}.on_silence", versions, scene)
-    if unextended is not Unextended.INSPECT and not reader.is_bad(f"{path}.inspect"):
-        for key in ("on_silence", "first_payload_timeout"):
-            if getattr(raw, key) is not None:
-                reader.problem(f"{path}.{key}", "Means nothing unless first payloads are inspected: name a parser.")
-    if unextended is not Unextended.INSPECT and raw.unmatched == "tls-alert" and not reader.is_bad(f"{path}.inspect"):
-        reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no first payload is inspected; name "tls" in inspect.')
     if not (reader.is_bad(f"{path}.endpoints") or reader.is_bad(f"{path}.inspect")):
         _check_transports(raw, inspect, endpoints, path, reader)
+    if unextended is not Unextended.INSPECT and not reader.is_bad(f"{path}.inspect"):
+        _check_nothing_inspected(raw, path, reader)
     extension_pool = _extension_pool(raw, path, versions, scene)
     sessions = _sessions(raw.sessions, f"{path}.sessions", inspect, versions, scene)
     routes = _routes(raw.routes, path, inspect, versions, scene)
+    connection_ids = _connection_ids(raw.quic, f"{path}.quic.connection_ids", reader)
+    if not reader.is_bad(f"{path}.quic"):
+        _check_server_ids(routes, connection_ids, reader)
     ways = {
         "routes": raw.routes,
         "default": raw.default,
@@ -1035,12 +1033,20 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         on_silence=on_silence,
         idle_timeout=_IDLE_TIMEOUT if raw.idle_timeout is None else raw.idle_timeout,
         rebinding=QUIC in inspect and (raw.quic is None or raw.quic.rebinding),
-        connection_ids=_connection_ids(raw.quic, f"{path}.quic.connection_ids", reader),
+        connection_ids=connection_ids,
         extension_pool=extension_pool,
         sessions=sessions,
         trusted_proxies=_trusted_proxies(raw, inspect, path, reader),
         routes=routes,
     )
+
+
+def _check_nothing_inspected(raw: _RawService, path: str, reader: _Reader) -> None:
+    for key in ("on_silence", "first_payload_timeout"):
+        if getattr(raw, key) is not None and not reader.is_bad(f"{path}.{key}"):
+            reader.problem(f"{path}.{key}", "Means nothing unless first payloads are inspected: name a parser.")
+    if raw.unmatched == "tls-alert" and not reader.is_bad(f"{path}.unmatched"):
+        reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no first payload is inspected; name "tls" in inspect.')
 
 
 def _check_transports(
@@ -1101,6 +1107,20 @@ def _connection_ids(raw: _RawQuic | None, path: str, reader: _Reader) -> tuple[q
     return tuple(found.values())
 
 
+def _check_server_ids(routes: Iterable[Route], configs: Collection[quic_lb.Config], reader: _Reader) -> None:
+    digits = sorted({2 * config.server_id_length for config in configs})
+    for route in routes:
+        for key, match, value in route.conditions:
+            if key != quic.SERVER_ID:
+                continue
+            where = f"{route.name}.when.{key}"
+            if not digits:
+                reader.problem(where, "Can never match: quic.connection_ids does not say how daemons make theirs.")
+            elif match is Match.EXACT and not (len(value) in digits and re.fullmatch("[0-9a-f]*", value)):
+                wanted = " or ".join(map(str, digits))
+                reader.problem(where, f"Can never match: server ids have {wanted} hexadecimal digits here.")
+
+
 def _aes_key(text: str) -> bytes:
     if not re.fullmatch(r"[0-9A-Fa-f]{32}", text):
         raise ValueError("Must be a key of 16 bytes: 32 hexadecimal digits.")
@@ -1117,6 +1137,16 @@ def _trusted_proxies(raw: _RawService, inspect: tuple[str, ...], path: str, read
         return ()
     if not raw.trusted_proxies:
         reader.problem(key, f'Is missing; since inspect names "{PROXY}", it must name the proxies: "192.0.2.0/24".')
+    # Where the first payload is not looked at, a daemon would believe the header of anybody.
+    if PORT_EXTENSION in inspect:
+        reader.problem(
+            f"{path}.inspect",
+            f'Names "{PROXY}" and "{PORT_EXTENSION}"; a SYN with an extension is steered before a PROXY header.',
+        )
+    if raw.on_silence is not None:
+        reader.problem(
+            f"{path}.on_silence", f'Cannot go with "{PROXY}": who was silent may send a PROXY header afterwards.'
+        )
     if next(parser for parser in inspect if parser != PORT_EXTENSION) != PROXY:
         reader.problem(f"{path}.inspect", f'Names "{PROXY}" behind another parser; its header comes first.')
     found = [reader.attempt(f"{key}[{index}]", _network, text) for index, text in enumerate(raw.trusted_proxies)]
@@ -1332,6 +1362,7 @@ def _routes(
             routes.append(route)
     if inspect_known:
         _check_routes(routes, path, conditions.key_order, reader)
+        _check_patterns(routes, path, inspect, reader)
     return tuple(routes)
 
 
@@ -1343,12 +1374,18 @@ def _route(raw: _RawRoute, key: str, conditions: _Conditions | None, versions: s
     source = None if raw.source is None else reader.attempt(source_key, _network, raw.source)
     if conditions is not None and not found and raw.source is None and not reader.is_bad(key):
         reader.problem(key, "Has neither a condition nor a source; what matches everything is default.")
-    coming = versions
-    if source is not None:
+    coming = _coming(source, versions, conditions)
+    if source is not None and not coming:
         _check_families((source.version,), versions, source_key, reader)
-        coming = versions & {source.version}
     targets = _targets(raw.target, _join(key, "target"), coming, scene) if raw.target is not None else ()
     return None if reader.is_bad(key) else Route(key, found, source, targets)
+
+
+def _coming(source: IPNetwork | None, versions: set[int], conditions: _Conditions | None) -> set[int]:
+    """The families of connections that a route with this source can be for; a PROXY header's source is of any."""
+    if source is None or conditions is None or PROXY in conditions.inspect:
+        return versions
+    return versions & {source.version}
 
 
 def _check_routes(routes: list[Route], path: str, key_order: tuple[tuple[str, ...], ...], reader: _Reader) -> None:
@@ -1369,12 +1406,22 @@ def _check_routes(routes: list[Route], path: str, key_order: tuple[tuple[str, ..
         )
 
 
+def _check_patterns(routes: list[Route], path: str, inspect: tuple[str, ...], reader: _Reader) -> None:
+    """Whether each parser can work with the values of all routes together; each by itself is checked before."""
+    for parser in (word for word in inspect if word in PATTERNED):
+        values = {c.value for route in routes for c in route.conditions if c.key == PATTERNED[parser]}
+        try:
+            check_patterns(parser, values)
+        except ValueError as error:
+            reader.problem(f"{path}.routes", f"Have values that the parser {_shown(parser)} cannot take: {error}")
+
+
 class _Conditions:
     """Reads the conditions of one service's routes."""
 
     def __init__(self, inspect: tuple[str, ...], reader: _Reader) -> None:
         self.key_order = tuple(_keys_of(parser) for parser in inspect)
-        self._inspect = inspect
+        self.inspect = inspect
         self._reader = reader
         self._parsers: dict[str, str | None] = {}
 
@@ -1396,10 +1443,10 @@ class _Conditions:
 
     def parser_of(self, key: str) -> str:
         if key not in self._parsers:
-            known = (*self._inspect, PORT_EXTENSION, *PARSER_NAMES)
+            known = (*self.inspect, PORT_EXTENSION, *PARSER_NAMES)
             self._parsers[key] = next((p for p in known if key_rank(key, [_keys_of(p)]) is not None), None)
         parser = self._parsers[key]
-        if parser in self._inspect:
+        if parser in self.inspect:
             return parser
         if parser is not None:
             raise ValueError(f'Is a key of the parser "{parser}", which inspect does not name.')

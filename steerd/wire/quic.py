@@ -457,7 +457,7 @@ _PROTECTION = {
 
 PACKET = "quic.packet"
 CONNECTION_ID = "quic.cid"
-SERVER_ID = "quic.server_id"
+SERVER_ID = "quic.server-id"
 """Read out of the connection id by who knows how daemons make them (wire.quic_lb), not here."""
 SHORT = "short"
 MID_CONNECTION = frozenset({SHORT, *(kind.value for kind in (Kind.INITIAL, Kind.HANDSHAKE, Kind.RETRY))})

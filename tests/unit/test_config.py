@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from steerd.core.marks import MarkLayout
 from steerd.core.pools import Pool
 from steerd.core.router import MAX_PROBES
 from steerd.errors import ConfigError
-from steerd.model import TCP, Condition, Endpoint, IPAddress, Match, Outcome, Route, Target
+from steerd.model import TCP, UDP, Condition, Endpoint, IPAddress, Match, Outcome, Route, Target
+from steerd.wire import quic_lb, wireguard
 from steerd.wire.portext import Numbers
 
 FULL = """
@@ -261,6 +263,228 @@ def test_what_a_late_service_says_about_those_who_wait() -> None:
     assert service.on_silence == (Target(ip("10.64.0.2"), 25),)
     (plain,) = config.parse(LATE_SERVICE.replace("routes =", 'inspect = ["tls"]\nroutes ='), "f.toml").services
     assert (plain.first_payload_timeout, plain.on_silence) == (10.0, ())
+
+
+PROXIED = """
+[pools.p]
+prefixes = ["10.64.0.0/24", "fd00:64::/120"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp"]
+inspect = ["proxy", "tls"]
+trusted_proxies = ["192.0.2.0/24"]
+routes = [{ when = { "tls.sni" = "a.example" }, source = "2001:db8:1::/48", target = "10.64.0.1:443" }]
+"""
+
+
+def test_behind_a_proxy_a_source_may_be_of_another_family_than_the_connection() -> None:
+    """The PROXY header names the client, who came to the proxy by IPv6."""
+    ((route,),) = (service.routes for service in config.parse(PROXIED, "f.toml").services)
+    assert (route.source, route.targets) == (ipaddress.ip_network("2001:db8:1::/48"), (Target(ip("10.64.0.1"), 443),))
+    assert lines(PROXIED.replace("10.64.0.1:443", "[fd00:64::1]:443")) == [
+        "f.toml: services.web.routes[0].target: Has addresses of IPv6 only, but what comes here is IPv4."
+    ]
+    direct = PROXIED.replace('"proxy", ', "").replace('trusted_proxies = ["192.0.2.0/24"]', "")
+    assert lines(direct) == [
+        "f.toml: services.web.routes[0].source: Has addresses of IPv6 only, but what comes here is IPv4."
+    ]
+
+
+DATAGRAM_SERVICE = """
+[pools.p]
+prefixes = ["10.64.0.0/24", "fd00:64::/120"]
+[services.web]
+endpoints = [ENDPOINTS]
+inspect = [INSPECT]
+default = "10.64.0.1:same"
+"""
+
+
+def datagram_service(inspect: str, more: str = "", endpoints: str = '"203.0.113.10:443/udp"') -> str:
+    return DATAGRAM_SERVICE.replace("ENDPOINTS", endpoints).replace("INSPECT", inspect) + more
+
+
+BOTH = '"203.0.113.10:443/tcp", "203.0.113.10:443/udp"'
+TCP_ONLY = '"203.0.113.10:443/tcp"'
+
+
+def connection_ids(*tables: str) -> str:
+    return f"[services.web.quic]\nconnection_ids = [{', '.join(f'{{ {table} }}' for table in tables)}]\n"
+
+
+def to_server_id(text: str) -> str:
+    return f'[[services.web.routes]]\nwhen.quic.server-id = "{text}"\ntarget = "10.64.0.1:443"\n'
+
+
+def test_a_service_of_datagrams() -> None:
+    (plain,) = config.parse(datagram_service('"quic"'), "f.toml").services
+    assert plain.protocols == {UDP}
+    assert (plain.is_late, plain.decides_every_datagram, plain.unextended) == (False, False, Unextended.INSPECT)
+    assert (plain.idle_timeout, plain.rebinding, plain.connection_ids) == (120, True, ())
+    more = """
+idle_timeout = 77
+[services.web.quic]
+rebinding = false
+connection_ids = [
+    { config = 0, server_id_length = 3, nonce_length = 4 },
+    { config = 6, server_id_length = 8, nonce_length = 8, key = "000102030405060708090A0B0C0D0E0f" },
+]
+"""
+    (full,) = config.parse(datagram_service('"quic", "tls"', more, BOTH), "f.toml").services
+    assert full.protocols == {TCP, UDP}
+    assert (full.is_late, full.decides_every_datagram) == (True, False)
+    assert (full.idle_timeout, full.rebinding) == (77, False)
+    assert full.connection_ids == (quic_lb.Config(0, 3, 4, None), quic_lb.Config(6, 8, 8, bytes(range(16))))
+    ids = connection_ids("config = 0, server_id_length = 2, nonce_length = 4")
+    text = datagram_service('"quic"', ids + to_server_id("0A0b") + to_server_id("0c*"))
+    (by_id,) = config.parse(text, "f.toml").services
+    assert [route.conditions[0].value for route in by_id.routes] == ["0a0b", "0c"]
+    (names,) = config.parse(datagram_service('"dns"', endpoints=BOTH), "f.toml").services
+    assert (names.is_late, names.decides_every_datagram, names.rebinding) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            datagram_service('"quic", "http"'),
+            'inspect[1]: "http" reads TCP, and no endpoint is of that kind.',
+        ),
+        (
+            datagram_service('"tls", "quic"', endpoints=TCP_ONLY),
+            'inspect[1]: "quic" reads UDP, and no endpoint is of that kind.',
+        ),
+        (
+            datagram_service('"tls"', endpoints=BOTH),
+            "inspect: Names no parser that reads UDP, but 203.0.113.10:443/udp is an endpoint; name one, or give the"
+            " endpoint a service of its own.",
+        ),
+        (
+            datagram_service('"quic"', endpoints=BOTH),
+            "inspect: Names no parser that reads TCP, but 203.0.113.10:443/tcp is an endpoint; name one, or give the"
+            " endpoint a service of its own.",
+        ),
+        (
+            datagram_service('"stun", "dns"'),
+            'inspect: Names "dns", by which every datagram is decided, and "stun", by which a whole flow is; a UDP'
+            " endpoint can have one of the two.",
+        ),
+        (
+            datagram_service('"tls"', "idle_timeout = 60", TCP_ONLY),
+            "idle_timeout: Means nothing unless an endpoint is UDP.",
+        ),
+        (
+            datagram_service('"quic"', "idle_timeout = 0"),
+            "idle_timeout: Must be a whole number from 1 to 4294967, not 0.",
+        ),
+        (
+            datagram_service('"quic"', 'on_silence = "10.64.0.1:25"'),
+            "on_silence: Means nothing unless an endpoint is TCP.",
+        ),
+        (
+            datagram_service("", 'on_silence = "10.64.0.1:25"'),
+            "on_silence: Means nothing unless an endpoint is TCP.",
+        ),
+        (
+            datagram_service("", "first_payload_timeout = 1"),
+            "first_payload_timeout: Means nothing unless first payloads are inspected: name a parser.",
+        ),
+        (
+            datagram_service('"quic"', 'unmatched = "tls-alert"'),
+            'unmatched: Is "tls-alert", but no endpoint is TCP.',
+        ),
+        (
+            datagram_service("", 'unmatched = "tls-alert"'),
+            'unmatched: Is "tls-alert", but no endpoint is TCP.',
+        ),
+        (
+            datagram_service('"dtls"', "quic = { rebinding = false }"),
+            'quic: Means nothing unless inspect names "quic".',
+        ),
+        (
+            datagram_service('"quic"', "quic = { rebinding = 1 }"),
+            "quic.rebinding: Must be true or false, not 1.",
+        ),
+        (
+            datagram_service('"quic"', connection_ids("config = 7, server_id_length = 1, nonce_length = 4")),
+            "quic.connection_ids[0].config: Must be a whole number from 0 to 6, not 7.",
+        ),
+        (
+            datagram_service('"quic"', connection_ids("config = 0, server_id_length = 16, nonce_length = 4")),
+            "quic.connection_ids[0].server_id_length: Must be a whole number from 1 to 15, not 16.",
+        ),
+        (
+            datagram_service('"quic"', connection_ids("config = 0, server_id_length = 1, nonce_length = 3")),
+            "quic.connection_ids[0].nonce_length: Must be a whole number from 4 to 18, not 3.",
+        ),
+        (
+            datagram_service('"quic"', connection_ids("config = 0, server_id_length = 10, nonce_length = 10")),
+            "quic.connection_ids[0]: Makes connection ids of 21 bytes; they have at most 20, of which the first is for"
+            " the configuration's number.",
+        ),
+        (
+            datagram_service('"quic"', connection_ids(*["config = 1, server_id_length = 1, nonce_length = 4"] * 2)),
+            "quic.connection_ids[1].config: Is 1 a second time; each configuration has its own number.",
+        ),
+        (
+            datagram_service(
+                '"quic"', connection_ids("config = 0, server_id_length = 1, nonce_length = 4, key = '0001'")
+            ),
+            "quic.connection_ids[0].key: Must be a key of 16 bytes: 32 hexadecimal digits.",
+        ),
+        (
+            datagram_service('"quic"', to_server_id("0a")),
+            "routes[0].when.quic.server-id: Can never match: quic.connection_ids does not say how daemons make theirs.",
+        ),
+        *(
+            (
+                datagram_service(
+                    '"quic"',
+                    connection_ids(
+                        "config = 0, server_id_length = 2, nonce_length = 4",
+                        "config = 1, server_id_length = 1, nonce_length = 4",
+                    )
+                    + to_server_id(text),
+                ),
+                "routes[0].when.quic.server-id: Can never match: server ids have 2 or 4 hexadecimal digits here.",
+            )
+            for text in ("0a0", "0x", "0a0b0c")
+        ),
+    ],
+)
+def test_mistakes_about_datagrams_are_one_line(text: str, problem: str) -> None:
+    assert lines(text) == [f"f.toml: services.web.{problem}"]
+
+
+def test_more_values_than_a_parser_can_take_are_one_line() -> None:
+    keys = [base64.b64encode(number.to_bytes(32)).decode() for number in range(wireguard.MAX_KEYS + 1)]
+
+    def tunnels(keys: list[str]) -> str:
+        return datagram_service('"wireguard"') + "".join(
+            f'[[services.web.routes]]\nwhen.wireguard.public-key = "{key}"\ntarget = "10.64.0.1:51820"\n'
+            for key in keys
+        )
+
+    assert len(config.parse(tunnels(keys[1:]), "f.toml").services[0].routes) == wireguard.MAX_KEYS
+    assert lines(tunnels(keys)) == [
+        'f.toml: services.web.routes: Have values that the parser "wireguard" cannot take: 1001 public keys of'
+        " WireGuard peers, each of which may have to be tried for every first datagram; at most 1000 are allowed in one"
+        " service."
+    ]
+    assert lines(tunnels(["short", "="])) == [
+        f"f.toml: services.web.routes[{index}].when.wireguard.public-key: Must be a WireGuard public key, 32 bytes in"
+        f" base64 as `wg pubkey` gives it (44 characters), not '{text}'."
+        for index, text in enumerate(("short", "="))
+    ]
+
+
+@pytest.mark.parametrize("key", ["quic.sni", "quic.server-id", "prefix", "portext.dst", "http.host", "http.cookie."])
+def test_a_session_is_known_by_what_no_route_decides(key: str) -> None:
+    """A session key must be one that parsers give whatever the routes say."""
+    text = datagram_service('"http", "prefix", "quic"', f'[services.web.sessions]\nkey = "{key}"\n', BOTH)
+    assert lines(text + 'on_new_source = "allow"') == [
+        'f.toml: services.web.sessions.key: Must be "rtsp.session", "http.cookie.NAME" or "http.header.NAME", the key'
+        f' of an id, not "{key}".'
+    ]
 
 
 def test_without_port_ranges_unextended_is_unmatched() -> None:
@@ -898,6 +1122,10 @@ def test_a_mistake_is_one_line(text: str, mistake: str) -> None:
         ("sip", "sip.host = 'A.Example.'", Condition("sip.host", Match.EXACT, "a.example")),
         ("dns", "dns.qname = '*.Example.'", Condition("dns.qname", Match.SUFFIX, ".example")),
         ("dns", "dns.qname = '.'", Condition("dns.qname", Match.EXACT, ".")),
+        ("dns", r"dns.qname = 'a\.b.Example.'", Condition("dns.qname", Match.EXACT, r"a\046b.example")),
+        ("dns", r"dns.qname = '*.a\046b.example'", Condition("dns.qname", Match.SUFFIX, r".a\046b.example")),
+        ("dns", r"dns.qname = 'a\.'", Condition("dns.qname", Match.EXACT, r"a\046")),
+        ("dns", r"dns.qname = 'a\\.'", Condition("dns.qname", Match.EXACT, r"a\\")),
         ("dns", "dns.qtype = 'aaaa'", Condition("dns.qtype", Match.EXACT, "AAAA")),
         ("dns", "dns.qtype = 'TYPE65'", Condition("dns.qtype", Match.EXACT, "HTTPS")),
         ("dns", "dns.qtype = 28", Condition("dns.qtype", Match.EXACT, "AAAA")),
