@@ -4,8 +4,9 @@
     python -m tests.netns.bare VERSION PORT COUNT JUNK-PER-SECOND SECONDS      all are one source, and send junk
 
 COUNT connections to the endpoint, from addresses in tests.netns.flood's SOURCES (which must be routed here), are
-opened. Each SYN-ACK is answered, and the number of those printed as "established N". Junk is a request that no route
-matches, or the beginning of one, from those connections in turn. Nothing else that the endpoint sends is answered.
+opened, 8,000 a second: of silent clients, 50 from each source (IPv4 address, IPv6 /64). Each SYN-ACK is answered, and
+the number of those printed as "established N". Junk is a request that no route matches, or the beginning of one, from
+those connections in turn. Nothing else that the endpoint sends is answered.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _SO_RCVBUFFORCE = 33
 _ETHER_TYPES = {4: 0x0800, 6: 0x86DD}
 _ADDRESSES = {4: (12, 16, 20), 6: (8, 24, 40)}
 """Where an IP header has source and destination, and where it ends."""
-_FIRST_PORT, _PORTS = 2000, 60000
+_FIRST_PORT, _OF_ONE_SOURCE = 2000, 50
 _BURST = 64
+_OPENED_PER_SECOND = 8000
 _STEP = 0.01
 _PATIENCE = 3.0
 _JUNK = (b"GET / HTTP/1.1\r\nHost: junk.example\r\n\r\n", b"GET /")
@@ -41,14 +43,16 @@ class Client:
         self._wire.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
         self._wire.setblocking(False)
 
-    def open(self, count: int) -> list[tuple[bytes, int, int, int]]:
+    def open(self, count: int, of_one_source: int) -> list[tuple[bytes, int, int, int]]:
         """Source address, port, and the next sequence and acknowledgement number of each that was answered."""
         opened: list[tuple[bytes, int, int, int]] = []
+        started = time.monotonic()
         for number in range(count):
-            source, sport = self._source(number // _PORTS), _FIRST_PORT + number % _PORTS
+            source, sport = self._source(number // of_one_source), _FIRST_PORT + number % of_one_source
             self._send(segment(source, sport, self._port, number, 0, _SYN))
             if number % _BURST == 0:
                 opened += self._answered()
+                time.sleep(max(0.0, started + number / _OPENED_PER_SECOND - time.monotonic()))
         deadline = time.monotonic() + _PATIENCE
         while len(opened) < count and time.monotonic() < deadline:
             time.sleep(_STEP)
@@ -72,8 +76,8 @@ class Client:
 
     def _source(self, number: int) -> bytes:
         if self._version == 4:
-            return bytes((10, 200, 0, 1 + number))
-        return bytes.fromhex("fd00000f0000000000000000000000") + bytes((1 + number,))
+            return bytes((10, 200, number >> 8, number & 0xFF))
+        return bytes.fromhex("fd00000f0000") + number.to_bytes(2, "big") + bytes(7) + b"\x01"
 
     def _send(self, packet: bytes) -> None:
         self._raw.sendto(packet, self._to)
@@ -97,7 +101,7 @@ class Client:
 def main() -> None:
     version, port, count, *junk = map(int, sys.argv[1:])
     client = Client(version, port)
-    opened = client.open(count)
+    opened = client.open(count, count if junk else _OF_ONE_SOURCE)
     print("established", len(opened), flush=True)
     if junk:
         rate, seconds = junk

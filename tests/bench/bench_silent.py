@@ -1,0 +1,206 @@
+"""Clients that complete their handshake and say nothing: what do 100,000 of them cost?
+
+Topology: tests/netns/gateway.py, with clients that have no sockets (tests/netns/bare.py), half of each family. Three
+times, each at a port of its own, and each beginning with what is there already:
+
+- *late*: a service that reads first payloads. Nobody should remember anything.
+- *on_silence*: one that has a target for silent clients, too. A worker remembers these, up to its bound
+  (`pending.connections`); those beyond push out the oldest ones, which are served only if they speak after all. When
+  `first_payload_timeout` is over, those that are left have their target.
+- *accepted*: for comparison, fewer of them at a program on the gateway that accepts every connection, behind conntrack.
+
+Memory is that of the workers (VmRSS), and of the kernel's objects for connections (/proc/slabinfo); the whole of the
+kernel's slab (/proc/meminfo) is told as well, and is coarser. All of it is the machine's: others must be quiet.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from steerd.model import Reason
+from steerd.telemetry.counters import Counters, Extra
+from tests.bench.report import table
+from tests.bench.scenario import Result
+from tests.netns import flood
+from tests.netns.gateway import ENDPOINT4, ENDPOINT6, Gateway, gateway
+from tests.netns.lab import Host
+
+SILENT = 100_000
+ACCEPTED = 16_000
+"""A process may have 20,000 files open on some machines."""
+PORTS = {"late": 80, "on_silence": 25, "accepted": 81}
+PATIENCE = 30
+_SLABS = ("nf_conntrack", "TCP", "TCPv6", "request_sock_TCP", "request_sock_TCPv6", "sock_inode_cache")
+CONFIG = f"""
+[gateway.limits]
+source_rate = 1000000
+source_burst = 1000000
+stranger_rate = 1000000
+stranger_burst = 1000000
+total_rate = 1000000
+total_burst = 1000000
+[pools.tenants]
+prefixes = ["10.64.1.0/28", "fd00:64::1:0/124"]
+[services.late]
+endpoints = ["{ENDPOINT4}:80/tcp", "[{ENDPOINT6}]:80/tcp"]
+inspect = ["http"]
+default = ["10.64.1.1:8080", "[fd00:64::1:1]:8080"]
+[services.on_silence]
+endpoints = ["{ENDPOINT4}:25/tcp", "[{ENDPOINT6}]:25/tcp"]
+inspect = ["http"]
+first_payload_timeout = {PATIENCE}
+default = ["10.64.1.1:8080", "[fd00:64::1:1]:8080"]
+on_silence = ["10.64.1.2:8080", "[fd00:64::1:2]:8080"]
+"""
+# Objects are counted for the whole machine, so the client must not have any.
+UNTRACKED = """
+table inet untracked {
+    chain sent { type filter hook output priority raw; meta l4proto tcp notrack; }
+    chain received { type filter hook prerouting priority raw; meta l4proto tcp notrack; }
+}
+"""
+ACCEPTOR = """
+import resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+listener = socket.create_server((sys.argv[1], 81), family=family, backlog=4096)
+print("listening", flush=True)
+connections = []
+while True:
+    connections.append(listener.accept()[0])
+"""
+
+
+class Memory(NamedTuple):
+    """What is there at one moment."""
+
+    workers: int
+    """Bytes."""
+    objects: int
+    """Bytes of the kernel's connections: conntrack entries, sockets, half-open connections."""
+    slab: int
+    """Bytes of all the kernel's objects."""
+    entries: int
+    """In conntrack."""
+    upcalls: int
+    """So far."""
+
+    def since(self, before: Memory) -> Memory:
+        """The difference."""
+        return Memory(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def _memory(lab: Gateway) -> Memory:
+    workers = [event["pid"] for event in lab.events() if event["event"] == "worker bound"]
+    return Memory(
+        workers=sum(_kilobytes(Path(f"/proc/{pid}/status"), "VmRSS:") for pid in workers) * 1024,
+        objects=_objects(),
+        slab=_kilobytes(Path("/proc/meminfo"), "Slab:") * 1024,
+        entries=int(lab.host.sh("cat /proc/sys/net/netfilter/nf_conntrack_count")),
+        upcalls=lab.counters()["diverted"],
+    )
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    return next(int(row.split()[1]) for row in path.read_text().splitlines() if row.startswith(name))
+
+
+def _objects() -> int:
+    rows = (row.split() for row in Path("/proc/slabinfo").read_text().splitlines())
+    return sum(int(row[1]) * int(row[3]) for row in rows if row[0] in _SLABS)
+
+
+def _connect(lab: Gateway, port: int, count: int) -> None:
+    """Open silent connections, half of each family."""
+    for version in ("4", "6"):
+        client = lab.spawn(lab.client, sys.executable, "-m", "tests.netns.bare", version, f"{port}", f"{count // 2}")
+        output, _ = client.communicate()
+        established = int(output.split()[1])
+        if established < count // 2:
+            raise SystemExit(f"bench: only {established} of {count // 2} handshakes were answered at port {port}")
+
+
+def _measure(lab: Gateway, what: str, count: int) -> dict[str, Any]:
+    before = _memory(lab)
+    _connect(lab, PORTS[what], count)
+    cost = _memory(lab).since(before)
+    return {
+        "connections": count,
+        "workers_bytes": cost.workers,
+        "kernel_objects_bytes": cost.objects,
+        "kernel_slab_bytes": cost.slab,
+        "conntrack_entries": cost.entries,
+        "upcalls": cost.upcalls,
+        "bytes_a_connection": round((cost.workers + cost.objects) / count, 1),
+    }
+
+
+def _served(counters: Counters) -> dict[str, int]:
+    """Wait until the patience with the silent ones is over; what became of them."""
+    pushed_out = counters.total(Extra.EVICTED_TOTAL)
+    remembered = counters.total(Extra.SILENT) - pushed_out
+    deadline = time.monotonic() + PATIENCE + 10
+    while counters.total(Reason.SILENCE) < remembered and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return {
+        "remembered": remembered,
+        "pushed_out": pushed_out,
+        "served_at_last": counters.total(Reason.SILENCE),
+    }
+
+
+def _start(lab: Gateway) -> None:
+    """The daemon, what it steers to, and the program that accepts everything."""
+    lab.allow_unasked = True  # these clients are none of the client's own
+    lab.client.sh(f"nft -f - <<'RULES'\n{UNTRACKED}\nRULES")
+    lab.host.sh(
+        f"ip route add {flood.SOURCES4} via 198.51.100.1; ip -6 route add {flood.SOURCES6} via 2001:db8:1::1;"
+        "sysctl -qw net.core.somaxconn=4096"
+    )
+    lab.configure(CONFIG)
+    lab.start()
+    lab.respond(("10.64.1.1", 2, 8080), ("fd00:64::1:1", 2, 8080))
+    for address in (ENDPOINT4, ENDPOINT6):
+        acceptor = lab.spawn(lab.host, sys.executable, "-c", ACCEPTOR, address)
+        assert acceptor.stdout is not None and acceptor.stdout.readline() == "listening\n"
+
+
+def run(console: Console) -> Result:
+    """All three in turn; a minute and a half."""
+    with ExitStack() as stack:
+
+        def new_host(role: str) -> Host:
+            host = Host(role)
+            stack.callback(host.close)
+            return host
+
+        lab = stack.enter_context(gateway(new_host))
+        _start(lab)
+        figures = {
+            what: _measure(lab, what, count)
+            for what, count in (("late", SILENT), ("accepted", ACCEPTED), ("on_silence", SILENT))
+        }
+        counters = Counters.open(lab.directory / "run" / "counters")
+        figures["on_silence"] |= _served(counters)
+    shown = table(f"what silent connections cost, in bytes ({SILENT:,} of them; {ACCEPTED:,} accepted)", "", *figures)
+    for name in figures["late"]:
+        shown.add_row(name, *(f"{each[name]:,}" for each in figures.values()))
+    console.print(shown)
+    silence = figures["on_silence"]
+    console.print(
+        f"on_silence: {silence['remembered']:,} remembered, {silence['pushed_out']:,} pushed out,"
+        f" {silence['served_at_last']:,} served when their time was over"
+    )
+    accepted = figures["accepted"]["bytes_a_connection"]
+    ratios = {
+        f"{what}_memory/accepted": round(figures[what]["bytes_a_connection"] / accepted, 4)
+        for what in ("late", "on_silence")
+    }
+    return Result("silent", ratios, figures)
