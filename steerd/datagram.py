@@ -1,9 +1,16 @@
 """The datagram half of a worker: flows of UDP that are decided by their first datagrams, and datagrams that are decided
 one by one.
 
-The datagram that decides goes on with the decision's mark. Conntrack makes the flow's entry from it, and from then on
-the kernel carries the flow. What was held before is sent again through a raw socket and follows that entry; if there is
-none, since the target was missing, the table drops it.
+A datagram that decides alone goes on with the decision's mark. Conntrack makes the flow's entry from it, and from then
+on the kernel carries the flow. Where several decide, all of them are sent through a raw socket, in the order in which
+they came, and the first one makes the entry (chains `steer_local`, `verify_udp`). The last one could go on by itself,
+but for this: datagrams that the kernel handled as one packet (UDP segmentation offload, GRO) are queued one by one, and
+share a conntrack entry that is not confirmed. The first of them may go on and confirm it. Once that was dropped, the
+kernel drops the others too, unless no more than one is left (net/netfilter/nfnetlink_queue.c, nf_ct_drop_unconfirmed).
+
+**What was on its way.** While a flow's first datagrams wait for their worker, more of it may come and wait behind them.
+Read alone they would say something else, or nothing. So a flow is remembered until all that waited has been seen, and
+what comes of it follows it.
 """
 
 from __future__ import annotations
@@ -11,13 +18,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from steerd.core import datagrams, pending
 from steerd.core.datagrams import Datagrams, Decide, Drop, GiveUp, Hold
 from steerd.core.engine import Decision, Engine
 from steerd.core.marks import PASS_ID
 from steerd.kernel.queue import DROP, Verdict
-from steerd.model import Outcome, Reason
+from steerd.model import Flow, Outcome, Reason
 from steerd.telemetry.counters import Extra
 from steerd.wire.packet import Packet, is_cut
 
@@ -27,11 +35,19 @@ LOOK_SECONDS = 0.25
 _EVICTED = {datagrams.Why.SOURCE: Extra.EVICTED_SOURCE, datagrams.Why.TOTAL: Extra.EVICTED_TOTAL}
 
 
+class _Decided(NamedTuple):
+    """A flow that was decided a moment ago."""
+
+    target_id: int
+    sent: bool
+    """Its first datagrams were sent by this worker; so must be what follows."""
+
+
 class Datagram:
     """All flows of datagrams of one worker that are undecided.
 
     `settle` is the worker's (see Late); what has to wait for the verdict is added to `after`. `send` sends an IP packet
-    of the worker's own.
+    to a target. At most `queue_length` packets wait for the worker at a time.
     """
 
     def __init__(
@@ -39,13 +55,17 @@ class Datagram:
         settle: Callable[[Packet, Decision], Decision],
         slot: memoryview,
         after: list[Callable[[], None]],
-        send: Callable[[bytes], None],
+        send: Callable[[bytes, int], None],
+        queue_length: int,
     ) -> None:
         self._settle = settle
         self._slot = slot
         self._after = after
         self._send = send
+        self._queue_length = queue_length
         self._looked = 0.0
+        self._decided: dict[Flow, _Decided] = {}
+        self._decided_before: dict[Flow, _Decided] = {}
         self._undecided: Datagrams[Decision] = Datagrams(
             pending.Limits(),
             lambda packet, payloads: self._engine.decide_datagrams(packet, payloads),  # noqa: PLW0108 (it changes)
@@ -56,16 +76,23 @@ class Datagram:
         """A new plan is in force. What is undecided stays, and is decided by it."""
         self._engine = engine
         self._undecided.limits = limits
+        self._decided.clear()
+        self._decided_before.clear()
 
     def __len__(self) -> int:
-        """How many flows wait for a decision."""
-        return len(self._undecided)
+        """How many flows wait for something: a decision, or to be forgotten after it."""
+        return len(self._undecided) + len(self._decided) + len(self._decided_before)
 
     def judge(self, packet: Packet, raw: bytes) -> Verdict:
         """What becomes of a queued datagram; `raw` are its bytes, as far as they were copied."""
+        flow = packet.flow
+        decided = self._decided.get(flow) or self._decided_before.get(flow)
+        if decided is not None:
+            self._slot[Extra.FORWARDED] += 1
+            return self._go_on(decided, raw)
         match self._undecided.datagram(packet, raw, time.monotonic(), cut=is_cut(raw)):
             case Decide(decision=decision, earlier=earlier):
-                return self._decide(packet, decision, earlier)
+                return self._decide(packet, raw, decision, earlier)
             case Hold(evicted=evicted):
                 self._slot[Extra.HELD_DATAGRAMS] += 1
                 if evicted is not None:
@@ -77,15 +104,33 @@ class Datagram:
         return DROP
 
     def expire(self, now: float) -> None:
-        """Forget flows whose time is over."""
+        """Forget flows whose time is over. To be called when no more packets waited, and all verdicts are given."""
+        # What came before the last verdicts and after the queue was found empty is seen by the next time.
+        self._forget_decided()
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
             for first in self._undecided.expire(now):
                 self._settle(first, self._engine.give_up(first, Reason.TOO_SLOW))
 
-    def _decide(self, packet: Packet, decision: Decision, earlier: tuple[bytes, ...]) -> Verdict:
+    def _decide(self, packet: Packet, raw: bytes, decision: Decision, earlier: tuple[bytes, ...]) -> Verdict:
         decision = self._settle(packet, decision)
-        if decision.outcome is Outcome.STEER:
-            self._after.extend(partial(self._send, copy) for copy in earlier)
-            return Verdict(decision.target_id)
-        return Verdict(PASS_ID) if decision.outcome is Outcome.PASS else DROP
+        if decision.outcome is not Outcome.STEER:
+            return Verdict(PASS_ID) if decision.outcome is Outcome.PASS else DROP
+        decided = _Decided(decision.target_id, sent=bool(earlier))
+        if not self._engine.decides_every_datagram(packet):
+            # So many flows are as many packets at least: none is left that waited when the first of them was decided.
+            if len(self._decided) >= self._queue_length:
+                self._forget_decided()
+            self._decided[packet.flow] = decided
+        self._after.extend(partial(self._send, copy, decided.target_id) for copy in earlier)
+        return self._go_on(decided, raw)
+
+    def _go_on(self, decided: _Decided, raw: bytes) -> Verdict:
+        """A datagram of a decided flow: by itself, or as a copy behind other copies, if that is whole."""
+        if not decided.sent or is_cut(raw):
+            return Verdict(decided.target_id)
+        self._after.append(partial(self._send, raw, decided.target_id))
+        return DROP
+
+    def _forget_decided(self) -> None:
+        self._decided_before, self._decided = self._decided, {}

@@ -116,9 +116,9 @@ class Late:
         """How many connections wait for a decision."""
         return len(self._pending)
 
-    def send(self, packet: bytes) -> None:
-        """Send an IP packet of the worker's own, now. Raises OSError as Injector.send does."""
-        self._injector.send(packet)
+    def send(self, packet: bytes, target_id: int) -> None:
+        """Send an IP packet, decided for this target, now. Raises OSError as Injector.send does."""
+        self._injector.send(packet, self._mark.field(target_id))
 
     def syn(self, packet: Packet) -> Verdict:
         """A SYN that said too little after all: the same without what only seemed to say something goes round once

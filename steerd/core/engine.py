@@ -171,6 +171,7 @@ class _Service(NamedTuple):
     trusted: list[tuple[int, int, int]] | None
     """Of `plan.trusted_proxies`: bytes of an address, how many low bits do not count, and the others."""
     datagram_inspectors: list[tuple[InspectDatagrams, bool]]
+    decides_every_datagram: bool
 
 
 def no_session(_service: str, _session_id: str) -> Session | None:
@@ -210,6 +211,7 @@ class Engine:
                 any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
                 _trusted(service.trusted_proxies),
                 [_datagram_inspector(parser) for parser in service.datagram_parsers],
+                any(DATAGRAMS[parser.name].every for parser in service.datagram_parsers),
             )
             for service in plan.services
         ]
@@ -270,6 +272,11 @@ class Engine:
         if decision.outcome in (Outcome.RESET, Outcome.ALERT):
             return decision._replace(outcome=Outcome.DROP)
         return decision
+
+    def decides_every_datagram(self, packet: Packet) -> bool:
+        """Whether each datagram of this one's service is decided by itself."""
+        service = self._service_at(packet)
+        return service is not None and service.decides_every_datagram
 
     def decide_silence(self, packet: Packet) -> Decision:
         """Decide for a client that completed its handshake and said nothing in time."""

@@ -7,6 +7,13 @@ work on one verdict would push it out. The queue's netlink socket gets a large b
 socket then costs the packets that did not fit, and not an error on top; the kernel counts them in
 /proc/net/netfilter/nfnetlink_queue.
 
+**Datagrams that the kernel handles as one packet** (UDP segmentation offload of a sender on this machine, GRO) are
+handed over one by one, whole and with their checksums, since NFQA_CFG_F_GSO is not asked for. With it they would come
+as one, which does not say where it is to be cut, with a checksum that is not made yet, and cut off after the first few.
+They share the conntrack entry that they are to make: the first of them confirms it; once the first was dropped, all but
+the very last are dropped in any case (steerd.datagram says what follows from that). Linux 6.11 to 6.12.74, 6.13 to
+6.18.13 and 6.19 to 6.19.3 drop all of them before they are queued (CVE-2026-45859).
+
 Layout of a verdict: include/uapi/linux/netfilter/nfnetlink_queue.h.
 """
 
