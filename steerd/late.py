@@ -151,6 +151,9 @@ class Late:
             if isinstance(action, Silence):
                 decision = self._settle(action.first, self._engine.decide_silence(action.first))
                 self._open(action.first, decision, b"")
+                if decision.outcome is Outcome.STEER:
+                    # There is no payload whose copy would end the daemon's handshake.
+                    self.after.append(partial(self._deliver, action.first.flow, segment.bare_ack(action.first)))
             else:
                 self._give_up(action)
 

@@ -46,6 +46,7 @@ _HOST_NAME = 0
 
 _HELLO_START = 2 + 32  # behind legacy_version and random
 _EXTENSION_HEADER = struct.Struct("!HH").unpack_from
+_LENGTH = struct.Struct("!H").unpack_from
 
 _VERSIONS = {b"\x03\x01": "1.0", b"\x03\x02": "1.1", b"\x03\x03": "1.2", b"\x03\x04": "1.3"}
 _TLS_1_2 = b"\x03\x03"
@@ -108,38 +109,32 @@ class _MalformedError(Exception):
     """Lengths or values that no ClientHello has."""
 
 
-def _vector(data: bytes, start: int, length_size: int) -> tuple[bytes, int]:
-    """The bytes that follow their own length (RFC 8446 section 3.4) at `start`, and where they end."""
-    first = start + length_size
-    end = first + int.from_bytes(data[start:first])
-    if end > len(data) or first > len(data):
-        raise _MalformedError
-    return data[first:end], end
-
-
 def _only_vector(data: bytes, start: int, length_size: int) -> bytes:
-    """The vector that fills all of `data` from `start` on."""
-    content, end = _vector(data, start, length_size)
-    if end != len(data):
+    """The bytes that follow their own length (RFC 8446 section 3.4) at `start`, and fill `data` from there on."""
+    first = start + length_size
+    if first > len(data) or first + int.from_bytes(data[start:first]) != len(data):
         raise _MalformedError
-    return content
+    return data[first:]
 
 
 def _read_hello(body: bytes) -> Keys:
     """RFC 8446 section 4.1.2; before TLS 1.3 there could be no extensions at all (RFC 5246 section 7.4.1.2)."""
     legacy_version = body[:2]
-    session_id, end = _vector(body, _HELLO_START, 1)
-    cipher_suites, end = _vector(body, end, 2)
-    compression_methods, end = _vector(body, end, 1)
+    session_id = body[_HELLO_START]
+    cipher_suites, at = _LENGTH(body, _HELLO_START + 1 + session_id)[0], _HELLO_START + 3 + session_id
+    at += cipher_suites
+    compression_methods = body[at]
+    at += 1 + compression_methods
     if (
         legacy_version[0] != _MAJOR_VERSION
-        or len(session_id) > 32
+        or session_id > 32
         or not cipher_suites
-        or len(cipher_suites) % 2
+        or cipher_suites % 2
         or not compression_methods
+        or at > len(body)
     ):
         raise _MalformedError
-    extensions = _extensions(_only_vector(body, end, 2)) if end < len(body) else {}
+    extensions = _extensions(_only_vector(body, at, 2)) if at < len(body) else {}
 
     keys: Keys = {}
     if _SERVER_NAME in extensions:
@@ -190,11 +185,12 @@ def _host_name(names: bytes) -> str:
 def _names(data: bytes) -> list[bytes]:
     """A ProtocolNameList: at least one name, and none is empty (RFC 7301 section 3.1)."""
     found = []
-    end = 0
-    while end < len(data):
-        name, end = _vector(data, end, 1)
-        found.append(name)
-    if not found or not all(found):
+    start, size = 0, len(data)
+    while start < size:
+        end = start + 1 + data[start]
+        found.append(data[start + 1 : end])
+        start = end
+    if start > size or not found or not all(found):
         raise _MalformedError
     return found
 

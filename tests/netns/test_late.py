@@ -172,12 +172,19 @@ def test_a_tls_client_that_nobody_is_there_for_gets_an_alert(lab: Gateway, versi
             client.recv(100)
 
 
+def repeated_segments(lab: Gateway) -> int:
+    """How many the gateway has sent again so far, answers to SYNs included."""
+    names, values = (line.split() for line in lab.host.sh("grep ^Tcp: /proc/net/snmp").splitlines())
+    return int(values[names.index("RetransSegs")])
+
+
 @both
 def test_silence_has_a_target_of_its_own(lab: Gateway, version: int) -> None:
-    """As for a protocol whose server speaks first."""
+    """As for a protocol whose server speaks first, at once: not only when it repeats its answer to the SYN."""
     start(lab, 'on_silence = ["10.64.0.5:8080", "[fd00:64::5]:8080"]\nfirst_payload_timeout = 0.3')
     with connect(lab, version) as client:
         assert line_of(client).startswith(name(version, 5))
+        assert repeated_segments(lab) == 0
         client.sendall(b"and then the client speaks")
         assert client.recv(100) == b"and then the client speaks"
     assert ask(lab, "a.example", version).startswith(name(version, 1))

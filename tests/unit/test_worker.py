@@ -268,10 +268,10 @@ def test_a_malformed_extension_is_counted_beside_the_decision(lab: Lab) -> None:
 
 
 def test_verdicts_are_given_in_the_order_of_arrival_many_at_a_time(lab: Lab) -> None:
-    packets = [lab.queue.arrive(syn(extension), THEIRS) for extension in (1, 99, 2) * 10]
-    assert lab.queue.given == list(range(16)), "not one by one, and not first when all are decided"
+    packets = [lab.queue.arrive(syn(extension), THEIRS) for extension in (1, 99, 2) * 30]
+    assert lab.queue.given == list(range(64)), "not one by one, and not first when all are decided"
     lab.worker._give()
-    assert lab.queue.given == list(range(30))
+    assert lab.queue.given == list(range(90))
     assert [p.mark for p in packets[:3]] == [THEIRS | MARK.field(i) for i in (REFUSING, RESET_ID, REFUSING + 1)]
     assert {tuple(p.verdicts) for p in packets} == {("accept",)}
 
