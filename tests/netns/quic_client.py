@@ -13,7 +13,7 @@ import asyncio
 import enum
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -86,16 +86,16 @@ class Client(QuicConnectionProtocol):
     """One connection."""
 
     tickets: list[SessionTicket]
-    flight: Flight
-    sent: int
-    """Datagrams that the first flight took."""
+    """What the server gave, for another connection with 0-RTT."""
+    given_ticket: asyncio.Event
 
-    def __init__(self, lab: Gateway, quic: QuicConnection, flight: Flight) -> None:
-        super().__init__(quic)
+    def __init__(self, lab: Gateway, configuration: QuicConfiguration, flight: Flight) -> None:
+        super().__init__(QuicConnection(configuration=configuration, session_ticket_handler=self._on_ticket))
         self._lab = lab
-        self.flight = flight
+        self._flight = flight
         self.tickets = []
-        self._http: H3Connection | None = None
+        self.given_ticket = asyncio.Event()
+        self._http = H3Connection(self._quic)
         self._bodies: dict[int, bytearray] = {}
         self._ended: dict[int, asyncio.Future[bytes]] = {}
         self._underlying: asyncio.DatagramTransport | None = None
@@ -104,12 +104,16 @@ class Client(QuicConnectionProtocol):
     def quic(self) -> QuicConnection:
         return self._quic
 
+    def _on_ticket(self, ticket: SessionTicket) -> None:
+        self.tickets.append(ticket)
+        self.given_ticket.set()
+
     async def bind(self, udp: socket.socket) -> None:
         """Send and receive by this socket from now on."""
         before = self._underlying
         loop = asyncio.get_running_loop()
         self._underlying, _ = await loop.create_datagram_endpoint(lambda: self, sock=udp)
-        self._transport = _Wire(self._underlying, udp, self.flight)  # type: ignore[assignment]
+        self._transport = _Wire(self._underlying, udp, self._flight)  # type: ignore[assignment]
         if before is not None:
             before.close()
 
@@ -139,8 +143,6 @@ class Client(QuicConnectionProtocol):
         return await self._request("POST", path, body, seconds)
 
     async def _request(self, method: str, path: str, body: bytes, seconds: float) -> bytes:
-        if self._http is None:
-            self._http = H3Connection(self._quic)
         stream = self._quic.get_next_available_stream_id()
         self._bodies[stream] = bytearray()
         self._ended[stream] = asyncio.get_running_loop().create_future()
@@ -153,7 +155,7 @@ class Client(QuicConnectionProtocol):
         return await asyncio.wait_for(self._ended[stream], seconds * SLOWER)
 
     def quic_event_received(self, event: QuicEvent) -> None:
-        for received in self._http.handle_event(event) if self._http else []:
+        for received in self._http.handle_event(event):
             self._received(received)
 
     def _received(self, event: H3Event) -> None:
@@ -175,7 +177,7 @@ async def connect(
     flight: Flight = Flight.IN_ORDER,
     ticket: SessionTicket | None = None,
     wait: bool = True,
-    configure: Any = None,
+    configure: Callable[[QuicConfiguration], None] = lambda _configuration: None,
 ) -> AsyncIterator[Client]:
     """A client that is connected to the endpoint; `padding` more protocol names of 100 bytes are in its hello.
 
@@ -190,11 +192,8 @@ async def connect(
         max_stream_data=8 << 20,
     )
     configuration.load_verify_locations(str(lab.directory / "all.pem"))
-    if configure is not None:
-        configure(configuration)
-    tickets: list[SessionTicket] = []
-    client = Client(lab, QuicConnection(configuration=configuration, session_ticket_handler=tickets.append), flight)
-    client.tickets = tickets
+    configure(configuration)
+    client = Client(lab, configuration, flight)
     await client.bind(bound(lab, version))
     try:
         # As the socket says where an answer came from: aioquic compares them.

@@ -6,23 +6,33 @@ Topology: tests/netns/gateway.py; the servers: tests/netns/programs.py, quic_ser
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import random
 import socket
+import ssl
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+from aioquic.quic.configuration import QuicConfiguration
 
 from steerd.model import Reason
 from steerd.telemetry.counters import Counters, Extra
 from tests.netns.conftest import hosts
 from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
-from tests.netns.programs import POOL, alias, target
+from tests.netns.programs import POOL, alias, answer, certificate, nginx, socket_name, target
+from tests.netns.quic_client import Flight, connect
+from tests.netns.quic_server import content
 
 CLIENT = {4: CLIENT4, 6: CLIENT6}
 ENDPOINT = {4: ENDPOINT4, 6: ENDPOINT6}
 VECTORS = ROOT / "tests" / "vectors" / "udp"
 CHROMIUM = [(VECTORS / f"quic-chromium-156.0.8078.79-first-{n}.bin").read_bytes() for n in (1, 2)]
+NAMES = {"a.example": 1, "b.example": 2}
 UDP_RESPONDER = 9000
 SHORT = [b"\x40" + b"%d" % n * 40 for n in range(3)]
 """Datagrams with a short header, as they come behind a hello."""
@@ -36,6 +46,34 @@ def endpoints(port: int, *protocols: str) -> str:
 CONFIG = (
     POOL
     + f"""
+[services.web]
+endpoints = {endpoints(443, "udp")}
+inspect = ["quic"]
+routes = [
+    {{ when.quic.sni = "a.example", target = {target(1, 8443)} }},
+    {{ when.quic.sni = "b.example", target = {target(2, 8443)} }},
+]
+[services.default]
+endpoints = {endpoints(444, "udp")}
+inspect = ["quic"]
+default = {target(2, 8443)}
+routes = [{{ when.quic.sni = "a.example", target = {target(1, 8443)} }}]
+[services.retry]
+endpoints = {endpoints(445, "udp")}
+inspect = ["quic"]
+routes = [
+    {{ when.quic.sni = "a.example", target = {target(1, 8445)} }},
+    {{ when.quic.sni = "b.example", target = {target(2, 8445)} }},
+]
+[services.both]
+endpoints = {endpoints(446, "tcp", "udp")}
+inspect = ["tls", "quic"]
+routes = [
+    {{ when.tls.sni = "a.example", target = {target(1, 8446)} }},
+    {{ when.quic.sni = "a.example", target = {target(1, 8443)} }},
+    {{ when.tls.sni = "b.example", target = {target(2, 8446)} }},
+    {{ when.quic.sni = "b.example", target = {target(2, 8443)} }},
+]
 [services.captured]
 endpoints = {endpoints(447, "udp")}
 inspect = ["quic", "dtls", "stun", "wireguard", "openvpn", "sip", "prefix"]
@@ -52,11 +90,34 @@ routes = [
 def lab() -> Iterator[Gateway]:
     """One gateway for all: nothing here is left behind for the next test but counts."""
     with hosts() as new_host, gateway(new_host) as made:
+        certificate(made, "a.example", "b.example")
         made.configure(CONFIG)
         made.start()
+        servers = [
+            quic_server(made, name, number, port, *more)
+            for name, number in NAMES.items()
+            for port, more in ((8443, ()), (8445, ("--retry",)))
+        ]
+        for name, number in NAMES.items():
+            nginx(made, name, number, 8446, how="ssl")
+        for server in servers:
+            await_ready(server)
         runs = [(alias(version, number), 1, UDP_RESPONDER) for version in (4, 6) for number in (1, 2, 4)]
         made.respond(*runs, program="udp_responder")
         yield made
+
+
+def quic_server(lab: Gateway, name: str, number: int, port: int, *more: str) -> subprocess.Popen[str]:
+    """An HTTP/3 server, with NAME.pem; not ready yet."""
+    return lab.spawn(
+        lab.host, sys.executable, "-m", "tests.netns.quic_server", name, f"{lab.directory}/{name}.pem",
+        socket_name(4, number, port), socket_name(6, number, port), *more,
+    )  # fmt: skip
+
+
+def await_ready(server: subprocess.Popen[str]) -> None:
+    assert server.stdout is not None
+    assert server.stdout.readline() == "listening\n"
 
 
 class Counts:
@@ -69,11 +130,136 @@ class Counts:
         self.look()
 
     def look(self) -> dict[str | Reason | Extra, int]:
-        now: dict[str | Reason | Extra, int] = {**self._lab.counters()}
-        now |= {word: self._workers.total(word) for word in (*Reason, *Extra)}
+        now: dict[str | Reason | Extra, int] = {word: self._workers.total(word) for word in (*Reason, *Extra)}
+        for name, count in self._lab.counters().items():
+            now[name] = count
         risen = {word: count - self._before.get(word, 0) for word, count in now.items()}
         self._before = now
         return {word: count for word, count in risen.items() if count}
+
+
+# ---- HTTP/3 ----
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("flight", [Flight.IN_ORDER, Flight.REVERSED])
+@pytest.mark.parametrize(("padding", "datagrams"), [(0, 1), (15, 2), (45, 5)])
+def test_http3_by_server_name(lab: Gateway, version: int, padding: int, datagrams: int, flight: Flight) -> None:
+    """One upcall for each datagram of the hello (a few hundred bytes, 2 KB, 5 KB), and none afterwards."""
+
+    async def both() -> None:
+        for name, number in NAMES.items():
+            counts = Counts(lab)
+            async with connect(lab, version, name, padding=padding, flight=flight) as client:
+                for _ in range(3):
+                    said = (await client.get()).decode()
+                    assert said == f"{name} {alias(version, number)} 8443 {client.address}"
+            risen = counts.look()
+            assert risen["diverted"] == datagrams
+            assert risen[Reason.ROUTE] == 1
+            assert risen.get(Extra.HELD_DATAGRAMS, 0) == datagrams - 1
+
+    asyncio.run(both())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_nothing_of_a_transfer_is_seen_by_a_worker(lab: Gateway, version: int) -> None:
+    size = 5_000_000
+    body = random.Random(version).randbytes(size)
+
+    async def transfers() -> None:
+        counts = Counts(lab)
+        async with connect(lab, version, "b.example") as client:
+            assert await client.get(f"/bytes/{size}", 60) == content(size)
+            assert await client.post("/digest", body, 60) == hashlib.sha256(body).hexdigest().encode()
+        assert counts.look()["diverted"] == 1
+
+    asyncio.run(transfers())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_tls_and_quic_in_one_service(lab: Gateway, version: int) -> None:
+    host = ENDPOINT[version] if version == 4 else f"[{ENDPOINT[version]}]"
+
+    async def over_quic(name: str, number: int) -> None:
+        async with connect(lab, version, name, 446) as client:
+            said = (await client.get()).decode()
+            assert said == f"{name} {alias(version, number)} 8443 {client.address}"
+
+    for name, number in NAMES.items():
+        asyncio.run(over_quic(name, number))
+        said = lab.client.sh(
+            f"curl -sS -m 20 --cacert {lab.directory}/all.pem --connect-to {name}:446:{host}:446 https://{name}:446/"
+        )
+        assert said.strip() == answer(name, version, number, 8446)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_unknown_version_goes_to_the_default_which_offers_others(lab: Gateway, version: int) -> None:
+    """The flow is the default's then, also once the client tries again with a version that can be read."""
+
+    def unknown_first(configuration: QuicConfiguration) -> None:
+        configuration.supported_versions = [0x1A2A3A4A, *configuration.supported_versions]
+        configuration.original_version = 0x1A2A3A4A
+        configuration.verify_mode = ssl.CERT_NONE
+
+    async def negotiate() -> None:
+        counts = Counts(lab)
+        async with connect(lab, version, "a.example", 444, configure=unknown_first) as client:
+            said = (await client.get()).decode()
+            assert said == f"b.example {alias(version, 2)} 8443 {client.address}"
+        risen = counts.look()
+        assert risen["diverted"] == 1 and risen[Reason.DEFAULT] == 1
+
+    asyncio.run(negotiate())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_retry_does_not_confuse_it(lab: Gateway, version: int) -> None:
+    async def retried() -> None:
+        for name, number in NAMES.items():
+            for padding, datagrams in ((0, 1), (15, 2)):
+                counts = Counts(lab)
+                async with connect(lab, version, name, 445, padding=padding) as client:
+                    said = (await client.get()).decode()
+                    assert said == f"{name} {alias(version, number)} 8445 {client.address}"
+                assert counts.look()["diverted"] == datagrams
+
+    asyncio.run(retried())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("flight", Flight)
+def test_early_data_goes_with_its_hello(lab: Gateway, version: int, flight: Flight) -> None:
+    """0-RTT, in front of the Initial or behind it, more of it than one datagram holds."""
+    body = random.Random(version).randbytes(6000)
+
+    async def twice() -> None:
+        async with connect(lab, version, "b.example") as client:
+            await client.get()
+            await asyncio.wait_for(client.given_ticket.wait(), 10 * SLOWER)
+        async with connect(lab, version, "b.example", flight=flight, ticket=client.tickets[0], wait=False) as resumed:
+            counts = Counts(lab)
+            assert await resumed.post("/digest", body) == hashlib.sha256(body).hexdigest().encode()
+            assert resumed.quic.tls.early_data_accepted
+            risen = counts.look()
+            assert risen[Reason.ROUTE] == 1
+            assert risen["diverted"] <= len(body) // 1000
+            assert Reason.TOO_SLOW not in risen
+
+    asyncio.run(twice())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_middle_of_an_unknown_connection_goes_nowhere(lab: Gateway, version: int) -> None:
+    """Not to the default either, which would not know it."""
+    counts = Counts(lab)
+    with udp(lab, version, 444) as client:
+        client.send(SHORT[0])
+        client.settimeout(0.3 * SLOWER)
+        with pytest.raises(TimeoutError):
+            client.recv(65536)
+    assert counts.look() == {"diverted": 1, Reason.UNKNOWN_CONNECTION: 1}
 
 
 # ---- what the kernel handles as one packet ----
