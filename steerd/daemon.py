@@ -38,6 +38,8 @@ from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
 
 _WATCH_SECONDS = 1.0
+# conntrack's shortest timeout of a connection that its client may not have closed yet is 30 s (last_ack).
+_OVER = 20
 _QUEUE_REPORT_SECONDS = 60.0
 # A worker that dies at once is started again after 0.1 s, then 0.2 s, ... 5 s; one that lived longer than this is
 # forgiven.
@@ -62,6 +64,7 @@ def settings_of(config: Config, measured: Handshake) -> ruleset.Settings:
         syn_recv=gateway.timeouts.syn_recv,
         time_wait=gateway.timeouts.time_wait,
         close=gateway.timeouts.close,
+        over=min(gateway.timeouts.time_wait, _OVER),
         mss4=measured.mss4,
         mss6=measured.mss6,
         wscale=measured.window_scale,

@@ -12,6 +12,11 @@ only time decided, and over IPv6 always (wire.segment.bare_ack says why).
 is still there. The kernel's SYN to the daemon, which proves that the client is genuine, is dropped then, and the table
 notes the 4-tuple. When the client repeats itself, the note is found here, and the old entry is deleted. Without a note
 nothing is ever deleted: a spoofer could cut live connections.
+
+**Who is genuine?** A segment proves nothing: anybody can send one from any address. The cookie in it does, and only the
+kernel can check that. A decision is carried out by way of the kernel, which refuses a wrong cookie without a word.
+Everything else that would cost memory for long, or draw a packet to the client, asks the kernel first: an ACK with the
+mark ASK, made from the segment's header, has it check the cookie, note the client in the set `genuine`, and do no more.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from steerd.core import pending
 from steerd.core.engine import Decision, Engine
@@ -45,7 +50,7 @@ from steerd.kernel.ruleset import flow_key
 from steerd.model import Answer, Flow, Outcome, Reason
 from steerd.telemetry.counters import Extra
 from steerd.wire import segment
-from steerd.wire.packet import Packet, is_cut
+from steerd.wire.packet import FIN, URG, Packet, is_cut, is_damaged
 
 _REASONS = {
     Why.BYTES: Reason.TOO_LONG,
@@ -72,8 +77,17 @@ _TLS_HANDSHAKE = b"\x16\x03"
 TICK_SECONDS = 0.02
 """As often as pending connections are looked through for those whose time is over."""
 
-
 _MAX_UNDELIVERED = 4096
+_TRIES = 10
+"""Ticks for which a distant daemon's answer to the kernel's SYN is waited for. After that the client repeats itself."""
+
+
+class _Waiting(NamedTuple):
+    """A copy for a connection that is not open yet."""
+
+    flow: Flow
+    copy: bytes
+    tries: int
 
 
 class Late:
@@ -102,6 +116,7 @@ class Late:
         self._looked = 0.0
         # Connections whose copy the kernel did not take were not opened, whatever conntrack holds for their ports.
         self._undelivered: set[Flow] = set()
+        self._waiting: list[_Waiting] = []
 
     def refresh(self, engine: Engine, mark: MarkLayout, limits: pending.Limits, handshake: Handshake) -> None:
         """A new plan is in force. What is undecided stays, and is decided by it."""
@@ -113,8 +128,8 @@ class Late:
         self._injector = Injector(mark.field(OURS_ID))
 
     def __len__(self) -> int:
-        """How many connections wait for a decision."""
-        return len(self._pending)
+        """How many connections wait for a decision, or for their daemon's host."""
+        return len(self._pending) + len(self._waiting)
 
     def send(self, packet: bytes, target_id: int) -> None:
         """Send an IP packet, decided for this target, now. Raises OSError as Injector.send does."""
@@ -130,9 +145,10 @@ class Late:
         """What becomes of a queued segment of an undecided connection; `raw` are its bytes, as far as they were
         copied."""
         now = time.monotonic()
-        if now - self._looked > TICK_SECONDS:
-            self.expire(now)
         cut = is_cut(raw)
+        if not cut and is_damaged(packet, raw):
+            self._slot[Extra.DAMAGED] += 1
+            return DROP
         verdict = DROP
         for action in self._pending.segment(packet, now, cut=cut):
             if isinstance(action, ForwardRaw):
@@ -145,17 +161,28 @@ class Late:
         return verdict
 
     def expire(self, now: float) -> None:
-        """See to connections whose time is over. What is to be done about them stands in `after`."""
+        """See to connections whose time is over, once a tick. What is to be done about them stands in `after`."""
+        if now - self._looked < TICK_SECONDS:
+            return
         self._looked = now
         for action in self._pending.expire(now):
             if isinstance(action, Silence):
-                decision = self._settle(action.first, self._engine.decide_silence(action.first))
-                self._open(action.first, decision, b"")
-                if decision.outcome is Outcome.STEER:
-                    # There is no payload whose copy would end the daemon's handshake.
-                    self.after.append(partial(self._deliver, action.first.flow, segment.bare_ack(action.first)))
+                self._end_silence(action.first)
             else:
                 self._give_up(action)
+        waiting, self._waiting = self._waiting, []
+        for flow, copy, tries in waiting:
+            self.after.append(partial(self._deliver, flow, copy, tries))
+
+    def _end_silence(self, first: Packet) -> None:
+        if self._conntrack.is_answered(first.flow):  # the client has used its port for another connection since
+            self._slot[Extra.DELIVERED_BEFORE] += 1
+            return
+        decision = self._settle(first, self._engine.decide_silence(first))
+        self._open(first, decision, b"")
+        if decision.outcome is Outcome.STEER:
+            # There is no payload whose copy would end the daemon's handshake.
+            self.after.append(partial(self._deliver, first.flow, segment.bare_ack(first)))
 
     def _inspect(self, packet: Packet, data: bytes) -> Decision | Literal[Answer.NEED_MORE]:
         return self._engine.decide_first(packet, data)
@@ -198,8 +225,10 @@ class Late:
                 self._send_later(segment.acknowledgement(acknowledged, ack, window, scale))
             case Drop(why=why):
                 slot[_DROPPED[why]] += 1
-            case Evict(why=why):
+            case Evict(why=why, silent=silent):
                 slot[_EVICTED[why]] += 1
+                if silent is not None:
+                    self._send_later(segment.reset(silent))
             case GiveUp():
                 self._give_up(action)
             case _:
@@ -217,11 +246,10 @@ class Late:
             verdict = self._verdict(first, decision, decide.data)
         else:
             self._open(first, decision, decide.data)
-        if verdict is DROP and decide.alone:
-            return DROP
         if decision.outcome is Outcome.STEER:
-            whole = decide.alone and not cut and len(decide.data) == len(first.payload)
-            size = self._handshake.mss4 - 12 if first.version == 4 else self._handshake.mss6 - 12
+            whole = decide.alone and not cut and len(decide.data) == len(first.payload) and not first.flags & URG
+            mss = self._handshake.mss4 if first.version == 4 else self._handshake.mss6
+            size = mss - len(first.tcp_options)
             for copy in [raw] if whole else segment.data(first, decide.data, fin=decide.fin, size=size):
                 self.after.append(partial(self._deliver, first.flow, copy))
         return verdict
@@ -233,14 +261,18 @@ class Late:
             self._send_later(segment.reset(first))
             return
         decision = self._settle(first, self._engine.give_up(first, _REASONS[action.why]))
-        if action.reset and not (action.why is Why.UNANSWERED and decision.outcome is Outcome.DROP):
-            self._send_later(segment.reset(first))
-        elif not action.reset:
+        if not action.reset:
             self._open(first, decision, b"")
+        elif action.why is not Why.UNANSWERED or (decision.outcome is not Outcome.DROP and self._is_genuine(first)):
+            self._send_later(segment.reset(first))
 
     def _copies(self, packet: Packet, raw: bytes, cut: bool) -> list[bytes]:
-        """A packet once more; of one that was cut short, what is there of it: the client repeats the rest."""
-        return segment.data(packet, packet.payload, fin=False, size=len(packet.payload) or 1) if cut else [raw]
+        """A packet once more; of one that was cut short, what is there of it: the client repeats the rest. No byte of
+        it is urgent: the daemon would not read that one where it was inspected."""
+        if not (cut or packet.flags & URG):
+            return [raw]
+        fin = bool(packet.flags & FIN) and not cut
+        return segment.data(packet, packet.payload, fin=fin, size=len(packet.payload) or 1)
 
     # ---- carrying a decision out ----
 
@@ -279,11 +311,18 @@ class Late:
             self._injector.send(segment.alert(first, len(data), said))
         self._injector.send(segment.reset(first, len(said)))
 
-    def _deliver(self, flow: Flow, copy: bytes) -> None:
+    def _deliver(self, flow: Flow, copy: bytes, tries: int = _TRIES) -> None:
+        """A copy goes into an open connection or nowhere. A daemon on this host has answered by now; for one that is
+        further away it waits."""
         try:
             self._injector.send(copy)
         except PermissionError:
+            if tries and len(self._waiting) < _MAX_UNDELIVERED and self._conntrack.is_opening(flow):
+                self._slot[Extra.SENT_AGAIN] += 1
+                self._waiting.append(_Waiting(flow, copy, tries - 1))
+                return
             if len(self._undelivered) >= _MAX_UNDELIVERED:
+                # Who was in it is taken for delivered: refused a second time, rather than carried out twice.
                 self._undelivered.clear()
             self._undelivered.add(flow)
             raise
@@ -301,9 +340,7 @@ class Late:
         if self._is_vanished(flow):
             self._delete_entry(flow)
             return True
-        if flow in self._undelivered:
-            return True
-        return not self._conntrack.is_answered(flow)
+        return flow in self._undelivered
 
     def _is_noted(self, first: Packet) -> bool:
         """As genuine: the kernel was asked a moment ago, and its cookie was right."""

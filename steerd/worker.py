@@ -128,13 +128,6 @@ class Worker:
             self._queue.run()
             self._reader.rest()
             self._give()
-            try:
-                now = time.monotonic()
-                self._late.expire(now)
-                self._datagram.expire(now)
-            except Exception as error:
-                self._on_fault(error)
-            self._carry_out(self._late.after)
             self._watch_the_time()
 
     def _on_packet(self, queued: QueuedPacket) -> None:
@@ -161,8 +154,17 @@ class Worker:
                 self._queue.give(self._rulings)
             except OSError as error:
                 self._on_fault(error)
+                self._give_one_by_one()
             self._rulings.clear()
             self._carry_out(self._tasks)
+
+    def _give_one_by_one(self) -> None:
+        """A packet without a verdict would stay in the queue for good."""
+        for ruling in self._rulings:
+            try:
+                self._queue.give([ruling])
+            except OSError as error:
+                self._on_fault(error)
 
     def _carry_out(self, tasks: list[Callable[[], None]]) -> None:
         for task in tasks:
@@ -178,7 +180,14 @@ class Worker:
         tasks.clear()
 
     def _watch_the_time(self) -> None:
-        """See to it that the time of those who wait is noticed."""
+        """See to those whose time is over, and to it that the time of others is noticed."""
+        try:
+            now = time.monotonic()
+            self._late.expire(now)
+            self._datagram.expire(now)
+        except Exception as error:
+            self._on_fault(error)
+        self._carry_out(self._late.after)
         if self._waiting != bool(self._late or self._datagram):
             self._waiting = not self._waiting
             self._queue.wait_at_most(TICK_SECONDS if self._waiting else 0)

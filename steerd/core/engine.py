@@ -17,7 +17,7 @@ How a SYN, or the first payload of a connection, is decided:
 A flow of datagrams is decided in the same way, by the datagrams so far, with the parsers that read datagrams. QUIC is
 special: what comes from the middle of a connection (the client moved to another address, or its flow was forgotten)
 names no host, only a connection id. If the daemons put their server ids into these (wire.quic_lb), that is a key like
-any other, `quic.server_id`. Without a route for it the datagram is refused, and never given to the default: that
+any other, `quic.server-id`. Without a route for it the datagram is refused, and never given to the default: that
 daemon would not know the connection either.
 
 A SYN that has neither an extension nor enough data (Fast Open) says too little for that. At a *late* service its first
@@ -386,13 +386,19 @@ def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:
     keys: Keys = {}
     source = packet.src
     if service.trusted is not None:
+        if not _is_trusted(service.trusted, packet.src):
+            claimed = proxy.is_claimed(payload)
+            if claimed is Answer.NEED_MORE:
+                return _Reading(keys, False, source)
+            if claimed:
+                header = proxy.read(payload)
+                keys = dict(header.keys) if isinstance(header, proxy.Header) else keys
+                return _Reading(keys, True, source, Reason.UNTRUSTED_PROXY)
         header = proxy.read(payload)
         if header is Answer.NEED_MORE:
             return _Reading(keys, False, source)
         if isinstance(header, proxy.Header):
             keys = dict(header.keys)
-            if not _is_trusted(service.trusted, packet.src):
-                return _Reading(keys, True, source, Reason.UNTRUSTED_PROXY)
             source = header.source or source
             payload = payload[header.length :]
             if not payload and service.inspectors:

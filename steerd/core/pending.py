@@ -15,13 +15,14 @@ answers with a step, a tuple of actions. The last one says what becomes of this 
 - `GiveUp`: drop it; this connection will not be decided. If `reset`, answer with a reset of your own, since what the
   client sent will not come again. Otherwise answer as `unmatched` says, by way of the kernel, which checks the cookie.
 
-Before it there may be an `Evict`: something older was forgotten to make room; count it, do nothing. `expire` gives a
-GiveUp for every connection whose time is over, or a `Silence` if its client has said nothing; call it when
-`next_deadline` has passed, and now and then. `now` is in seconds and never goes back. `inspect(packet, data)` is asked
-with all bytes from the presumed beginning on, without a gap, and answers NEED_MORE or the decision. It must keep the
-contract of `wire.parser`: once decided, more bytes change nothing. `patience(packet)` is asked once for a connection
-that has to wait. `is_genuine(first)` is asked once for a connection before anything of it is acknowledged: whether the
-client did receive our answer to its SYN. All of them, with `limits`, may be replaced at any time (a reload).
+Before it there may be an `Evict`: something older was forgotten to make room; count it, and reset a `silent` client,
+which will not repeat anything. `expire` gives a GiveUp for every connection whose time is over, or a `Silence` if its
+client has said nothing; call it when `next_deadline` has passed, and now and then. `now` is in seconds and never goes
+back. `inspect(packet, data)` is asked with all bytes from the presumed beginning on, without a gap, and answers
+NEED_MORE or the decision. It must keep the contract of `wire.parser`: once decided, more bytes change nothing.
+`patience(packet)` is asked once for a connection that has to wait. `is_genuine(first)` is asked once for a connection
+before anything of it is acknowledged, or its silence is waited for: whether the client did receive our answer to its
+SYN, and this is its beginning. All of them, with `limits`, may be replaced at any time (a reload).
 
 **Silent clients.** Where the server speaks first, patience says so, and the ACK that ends a client's handshake is held
 like a first segment of no bytes. If nothing follows in time, `expire` gives a Silence: an ACK made from the header of
@@ -100,9 +101,9 @@ class Limits(NamedTuple):
     """Undecided connections of one source: an IPv4 address, or an IPv6 /64."""
     connections: int = 4096
     """Undecided connections of all sources together."""
-    remembered: int = 32768
+    remembered: int = 65536
     """Connections that were decided or given up."""
-    remember_seconds: float = 10.0
+    remember_seconds: float = 30.0
     """For how long, at least, unless there are more of them than `remembered`."""
     settle_seconds: float = 1.0
     """How long packets may have been under way to the worker while their connection was decided. TCP, too, repeats a
@@ -144,7 +145,7 @@ class Why(enum.Enum):
     OUTSIDE = "outside"
     """Before a beginning that is acknowledged, or beyond `connection_bytes`."""
     NOT_GENUINE = "not-genuine"
-    """It would be acknowledged now, but its client never saw our answer to its SYN."""
+    """It would be acknowledged or waited for now, but its client never saw our answer to its SYN."""
     FIN_ALONE = "fin-alone"
     """A FIN, and nothing is known of its connection: the client closed without a word, or its data comes later."""
     NO_DATA = "no-data"
@@ -197,6 +198,8 @@ class Evict(msgspec.Struct, frozen=True):
     """An undecided connection was forgotten to make room. Nothing of it was acknowledged: the client repeats it."""
 
     why: Why
+    silent: Packet | None = None
+    """The ACK of a client that has said nothing, hence has nothing to repeat."""
 
 
 class GiveUp(msgspec.Struct, frozen=True):
@@ -359,8 +362,11 @@ class Pending(Generic[D]):
         return self._first(key, packet, now, cut, 1)
 
     def forget(self, packet: Packet) -> None:
-        """Forget that this packet's connection was decided: the next `segment` judges it afresh."""
+        """Forget what is held or was decided of this packet's connection: the next `segment` judges it afresh."""
         key = _key(packet)
+        connection = self._undecided.get(key)
+        if connection is not None:
+            self._forget(key, connection)
         self._known.pop(key, None)
         self._older.pop(key, None)
 
@@ -401,7 +407,12 @@ class Pending(Generic[D]):
             if flags & FIN:
                 return _DROP[Why.FIN_ALONE]
             patience = self.patience(packet)
-            return self._wait(key, packet, b"", patience, now, attempts) if patience.for_silence else _DROP[Why.NO_DATA]
+            if not patience.for_silence:
+                return _DROP[Why.NO_DATA]
+            # It repeats nothing: among forged ones it would be pushed out, and never be heard of again.
+            if not self.is_genuine(packet):
+                return _DROP[Why.NOT_GENUINE]
+            return self._wait(key, packet, b"", patience, now, attempts)
         limit = self.limits.connection_bytes
         data = payload if len(payload) <= limit else payload[:limit]
         fin = bool(flags & FIN) and not cut and data is payload
@@ -533,8 +544,9 @@ class Pending(Generic[D]):
             return None
         if oldest is None:
             return Drop(why)
-        self._forget(oldest, self._undecided[oldest])
-        return Evict(why)
+        connection = self._undecided[oldest]
+        self._forget(oldest, connection)
+        return Evict(why, None if connection.ranges else connection.first)
 
     def _give_up(self, key: _Key, connection: _Undecided, why: Why, now: float) -> GiveUp:
         self._forget(key, connection)

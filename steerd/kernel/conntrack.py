@@ -37,24 +37,32 @@ class Conntrack:
 
     def translated(self, flow: Flow) -> Flow | None:
         """This connection as its daemon sees it, with the daemon's own address and port; None if there is no entry."""
-        asked = "conntrack does not look for an entry"
-        reply = self._netlink.ask(_SUBSYS_CTNETLINK << 8 | _GET, 0, _FAMILIES[flow.version], _tuple(flow), asked)
-        if reply.error:
-            _not_there(reply.error, asked)
+        entry = self._entry(flow)
+        if entry is None:
             return None
-        parts = attributes(attributes(reply.body[GENERIC.size :])[_TUPLE_REPLY])
+        parts = attributes(entry[_TUPLE_REPLY])
         addresses, ports = attributes(parts[_TUPLE_IP]), attributes(parts[_TUPLE_PROTO])
         daemon_port = int.from_bytes(ports[_PROTO_SPORT], "big")
         return Flow(flow.src, flow.sport, addresses[_IP_SRC[flow.version]], daemon_port)
 
     def is_answered(self, flow: Flow) -> bool:
         """Whether there is an entry for this connection, and both sides have spoken."""
+        entry = self._entry(flow)
+        return entry is not None and _status(entry) & _SEEN_REPLY != 0
+
+    def is_opening(self, flow: Flow) -> bool:
+        """Whether there is an entry for this connection, and its daemon has not spoken yet."""
+        entry = self._entry(flow)
+        return entry is not None and _status(entry) & _SEEN_REPLY == 0
+
+    def _entry(self, flow: Flow) -> dict[int, bytes] | None:
+        """The attributes of this connection's entry, if there is one."""
         asked = "conntrack does not look for an entry"
         reply = self._netlink.ask(_SUBSYS_CTNETLINK << 8 | _GET, 0, _FAMILIES[flow.version], _tuple(flow), asked)
         if reply.error:
-            return _not_there(reply.error, asked)
-        status = attributes(reply.body[GENERIC.size :])[_STATUS]
-        return bool(int.from_bytes(status, "big") & _SEEN_REPLY)
+            _not_there(reply.error, asked)
+            return None
+        return attributes(reply.body[GENERIC.size :])
 
     def delete(self, flow: Flow, protocol: int = TCP) -> bool:
         """Delete the entry of this connection; False if there is none."""
@@ -95,8 +103,7 @@ class Conntrack:
         asked = "conntrack does not list its entries"
         for body in self._netlink.dump(_SUBSYS_CTNETLINK << 8 | _GET, 0, b"", asked):
             fields = attributes(body)
-            status = int.from_bytes(fields.get(_STATUS, b""), "big")
-            if status & (_SEEN_REPLY | _DST_NAT) == 0 and (flow := _udp_flow(fields[_TUPLE_ORIG])) is not None:
+            if _status(fields) & (_SEEN_REPLY | _DST_NAT) == 0 and (flow := _udp_flow(fields[_TUPLE_ORIG])) is not None:
                 yield flow
 
     def close(self) -> None:
@@ -108,6 +115,10 @@ def _answered_by(address: bytes, version: int) -> bytes:
     addresses = attribute(_TUPLE_IP | NESTED, attribute(_IP_SRC[version], address))
     flags = attribute(_FILTER_REPLY_FLAGS, _FILTER_BY_SOURCE.to_bytes(4, sys.byteorder))
     return attribute(_TUPLE_REPLY | NESTED, addresses) + attribute(_FILTER | NESTED, flags)
+
+
+def _status(entry: dict[int, bytes]) -> int:
+    return int.from_bytes(entry.get(_STATUS, b""), "big")
 
 
 def _not_there(error: int, asked: str) -> bool:

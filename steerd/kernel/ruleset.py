@@ -56,6 +56,8 @@ class Settings(NamedTuple):
     syn_recv: int
     time_wait: int
     close: int
+    over: int
+    """Less than any timeout of a connection on which its client may still send."""
     mss4: int
     mss6: int
     wscale: int
@@ -121,6 +123,7 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
         "SYN_RECV": str(settings.syn_recv),
         "TIME_WAIT": str(settings.time_wait),
         "CLOSE": str(settings.close),
+        "OVER": str(settings.over),
         "QUEUE4": "\n\t\t".join(_queue_rules("ip saddr . th sport", settings, native=native)),
         "QUEUE6": "\n\t\t".join(_queue_rules("ip6 saddr . th sport", settings, native=native)),
     }

@@ -66,7 +66,7 @@ class Extra(enum.IntEnum):
     OLD_ENTRY_DELETED = 49
     """Conntrack entries deleted: a genuine client opened a new connection from their ports."""
     NOT_GENUINE = 50
-    """First payloads not answered: the client never saw our answer to its SYN."""
+    """First segments neither answered nor held: the client never saw our answer to its SYN."""
     NOT_SENT = 51
     """Packets of a worker's own that were not sent: dropped in output by our table (its counter `undelivered`) or by a
     firewall, or for want of memory or a route (then the log has the first)."""
@@ -74,6 +74,10 @@ class Extra(enum.IntEnum):
     """First datagrams held, since more is needed for a decision."""
     CUT_DATAGRAMS = 53
     """First datagrams dropped: more is needed for a decision, and they are too long for a whole copy."""
+    DAMAGED = 54
+    """Segments dropped: their TCP checksum is wrong."""
+    SENT_AGAIN = 55
+    """First payloads sent again, since their daemon, on another host, had not answered the kernel's SYN yet."""
 
 
 assert len(Reason) <= min(Extra)

@@ -39,6 +39,8 @@ from steerd.wire.parser import Parser, always
 
 BOUND = 18432
 """A HEADERS frame of the largest size that a client may use, and 2 KiB for what comes before it."""
+MAX_FRAMES = 32
+"""Frames up to the end of the first request's header block."""
 MAX_FIELD_LIST = 20480
 """Decoded bytes of one request's fields: 16 KiB, as `http` takes, and 32 bytes more for each of 128 fields."""
 
@@ -87,7 +89,12 @@ def _header_block(data: bytes) -> bytes | Answer:
         return Answer.NEED_MORE if _PREFACE.startswith(data) else Answer.NOT_MINE
     allowed = frozenset({_SETTINGS})
     position = len(_PREFACE)
+    frames = 0
     while True:
+        # All of them are read again with every segment that comes.
+        frames += 1
+        if frames > MAX_FRAMES:
+            return Answer.NOT_MINE
         frame = _frame_at(data, position, allowed)
         if isinstance(frame, Answer):
             return frame
@@ -101,6 +108,9 @@ def _header_block(data: bytes) -> bytes | Answer:
         return Answer.NOT_MINE
     block, stream = fragment, frame.stream
     while not frame.flags & _END_HEADERS:
+        frames += 1
+        if frames > MAX_FRAMES:
+            return Answer.NOT_MINE
         frame = _frame_at(data, frame.end, frozenset({_CONTINUATION}))
         if isinstance(frame, Answer):
             return frame

@@ -6,8 +6,8 @@ copies at most so many bytes); headers may not.
 
 Sources: RFC 791 (IPv4), RFC 8200 (IPv6 and its extension headers), RFC 9293 (TCP), RFC 768 (UDP).
 
-Not covered: checksums (the kernel has seen to them), reassembly (conntrack reassembles before the queue; a first
-fragment is read, a later one is not), jumbograms (RFC 2675), AH and ESP, and other transports.
+Not covered: checksums (`is_damaged` is for those who need them), reassembly (conntrack reassembles before the queue; a
+first fragment is read, a later one is not), jumbograms (RFC 2675), AH and ESP, and other transports.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ SYN = 0x02
 RST = 0x04
 PSH = 0x08
 ACK = 0x10
+URG = 0x20
 
 HOP_BY_HOP = 0
 ROUTING = 43
@@ -128,6 +129,16 @@ def parse(data: bytes) -> Packet | None:
         payload = data[body : start + length]
         return Packet(version, src, dst, UDP, sport, dport, 0, 0, 0, ip_options, dst_options, b"", payload)
     return None
+
+
+def is_damaged(packet: Packet, data: bytes) -> bool:
+    """Whether the TCP checksum of a whole copy is wrong (RFC 9293 section 3.1). Conntrack calls a damaged segment
+    invalid, as it does the first segment of a connection that it does not know."""
+    size = 20 + len(packet.tcp_options) + len(packet.payload)
+    end = int.from_bytes(data[2:4], "big") if packet.version == 4 else 40 + int.from_bytes(data[4:6], "big")
+    pseudo = packet.src + packet.dst + TCP.to_bytes(4, "big") + size.to_bytes(4, "big")
+    # The one's complement sum of 16-bit words is the number that they make together, modulo 0xFFFF (RFC 1071).
+    return int.from_bytes(pseudo + data[end - size : end] + b"\0" * (size & 1), "big") % 0xFFFF != 0
 
 
 def is_cut(data: bytes) -> bool:

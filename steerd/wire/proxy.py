@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import IPv6Address, ip_address
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from steerd.model import Answer, IPAddress, Keys
 from steerd.wire.cursor import Cursor, MalformedError, TooShortError, require
@@ -45,6 +45,7 @@ BOUND = 8192
 behind it (18,432 bytes) it stays below what is held of one connection, 32,768 bytes."""
 
 _LONGEST_LINE = 107
+_WORD = b"PROXY "
 _CR_LF = b"\r\n"
 _LINE_STARTS = (b"PROXY TCP4 ", b"PROXY TCP6 ", b"PROXY UNKNOWN ", b"PROXY UNKNOWN\r")
 _LINE_SO_FAR = re.compile(rb"PROXY (?:TCP[46] [0-9A-Fa-f:. ]*|UNKNOWN(?: [\x20-\x7e]*)?)\r?")
@@ -90,6 +91,14 @@ def read(data: bytes) -> Header | Answer:
         return Answer.NEED_MORE
     except MalformedError:
         return Answer.NOT_MINE
+
+
+def is_claimed(data: bytes) -> bool | Literal[Answer.NEED_MORE]:
+    """Whether data begin like a header of either version, be it well-formed or not. What is malformed here might be
+    good enough for a daemon, which would believe it."""
+    if data.startswith((_WORD, _SIGNATURE)):
+        return True
+    return Answer.NEED_MORE if _WORD.startswith(data) or _SIGNATURE.startswith(data) else False
 
 
 def inspect(data: bytes) -> Keys | Answer:

@@ -30,7 +30,9 @@ from steerd.model import Answer, Keys
 from steerd.wire.parser import Parser, always
 
 BOUND = 18432
-"""A hello of 16 KiB (a post-quantum one has 2 KiB) and the headers of some hundred records."""
+"""A hello of 16 KiB (a post-quantum one has 2 KiB) and the headers of its records."""
+MAX_RECORDS = 128
+"""Records that a hello may be cut into."""
 
 _RECORD_HEADER = 5
 _MESSAGE_HEADER = 4
@@ -82,10 +84,14 @@ def client_hello(body: bytes) -> Keys | None:
 
 def _handshake_bytes(data: bytes) -> bytes | None:
     """What the handshake records at the beginning carry, as far as it is there, up to the end of the first message;
-    None: the bytes are not such records."""
+    None: the bytes are not such records, or too many."""
     message = bytearray()
-    start = 0
+    start = records = 0
     while start < len(data):
+        # All of them are read again with every segment that comes.
+        records += 1
+        if records > MAX_RECORDS:
+            return None
         header = data[start : start + _RECORD_HEADER]
         if header[0] != _HANDSHAKE or header[1:2] not in (b"", bytes([_MAJOR_VERSION])):
             return None

@@ -9,7 +9,7 @@ import pytest
 from hpack import Encoder
 
 from steerd.model import Answer, Keys
-from steerd.wire.http2 import BOUND, MAX_FIELD_LIST, inspect
+from steerd.wire.http2 import BOUND, MAX_FIELD_LIST, MAX_FRAMES, inspect
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -280,12 +280,30 @@ def test_bound() -> None:
     longest = data(16000)
     assert len(longest) == 16000
     assert keys(longest)["http.host"] == "a.example"
-    filler = opening(*[frame(WINDOW_UPDATE, bytes(4))] * ((BOUND - len(longest)) // 13))
+    filler = opening(frame(0x20, bytes(BOUND - len(longest) - 9)))
     fits = filler + longest[len(opening()) :]
-    assert BOUND - 13 < len(fits) <= BOUND
+    assert len(fits) == BOUND
     assert keys(fits)["http.host"] == "a.example"
     assert inspect(fits[:-1]) is Answer.NEED_MORE
     too_long = filler + frame(WINDOW_UPDATE, bytes(4)) + longest[len(opening()) :]
     assert inspect(too_long[: BOUND - 1]) is Answer.NEED_MORE
     assert inspect(too_long[:BOUND]) is Answer.NOT_MINE
     assert inspect(too_long) is Answer.NOT_MINE
+
+
+def test_bound_on_frames() -> None:
+    """All frames are read again with every segment that comes."""
+    request = frame(HEADERS, encoded(GET), END_HEADERS, 1)
+    filler = [frame(WINDOW_UPDATE, bytes(4))] * (MAX_FRAMES - 2)  # besides them: SETTINGS, HEADERS
+    assert keys(opening(*filler, request))["http.host"] == "a.example"
+    assert inspect(opening(filler[0], *filler, request)) is Answer.NOT_MINE
+    assert inspect(opening(*filler, filler[0], filler[0])) is Answer.NOT_MINE
+
+
+def test_bound_on_continuation_frames() -> None:
+    block = encoded(GET)
+    start, end = frame(HEADERS, block[:1], 0, 1), frame(CONTINUATION, block[1:], END_HEADERS, 1)
+    empty = [frame(CONTINUATION, b"", 0, 1)] * (MAX_FRAMES - 3)  # besides them: SETTINGS, HEADERS, the last one
+    assert keys(opening(start, *empty, end))["http.host"] == "a.example"
+    assert inspect(opening(start, empty[0], *empty, end)) is Answer.NOT_MINE
+    assert inspect(opening(start, *empty, *empty)) is Answer.NOT_MINE

@@ -11,7 +11,7 @@ from scapy.layers.tls.extensions import TLS_Ext_ALPN, TLS_Ext_ServerName, TLS_Ex
 from scapy.layers.tls.handshake import TLSClientHello
 
 from steerd.model import Answer, Keys
-from steerd.wire.tls import BOUND, client_hello, inspect
+from steerd.wire.tls import BOUND, MAX_RECORDS, client_hello, inspect
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 REAL = sorted(VECTORS.glob("tls-*.bin"))
@@ -309,3 +309,19 @@ def test_bound() -> None:
     assert inspect(too_long[: BOUND - 1]) is Answer.NEED_MORE
     assert inspect(too_long[:BOUND]) is Answer.NOT_MINE
     assert inspect(too_long) is Answer.NOT_MINE
+
+
+def test_bound_on_records() -> None:
+    """All records are read again with every segment that comes."""
+    content = payload(real("openssl-3.0.19-long"))
+
+    def cut_into(count: int) -> bytes:
+        rest = content[count - 1 :]
+        return records(content[: count - 1], 1) + records(rest, len(rest))
+
+    assert keys(cut_into(MAX_RECORDS))["tls.sni"] == "long.example"
+    assert inspect(cut_into(MAX_RECORDS + 1)) is Answer.NOT_MINE
+    tiny = records(content, 1)
+    whole = MAX_RECORDS * 6
+    assert inspect(tiny[:whole]) is Answer.NEED_MORE
+    assert all(inspect(tiny[:length]) is Answer.NOT_MINE for length in range(whole + 1, len(tiny) + 1))
