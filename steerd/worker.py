@@ -152,8 +152,7 @@ class Worker:
         if self._rulings:
             try:
                 self._queue.give(self._rulings)
-            except OSError as error:
-                self._on_fault(error)
+            except OSError:
                 self._give_one_by_one()
             self._rulings.clear()
             self._carry_out(self._tasks)
