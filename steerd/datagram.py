@@ -104,13 +104,16 @@ class Datagram:
         return DROP
 
     def expire(self, now: float) -> None:
-        """Forget flows whose time is over. To be called when no more packets waited, and all verdicts are given."""
-        # What came before the last verdicts and after the queue was found empty is seen by the next time.
-        self._forget_decided()
+        """Forget flows whose time is over."""
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
             for first in self._undecided.expire(now):
                 self._settle(first, self._engine.give_up(first, Reason.TOO_SLOW))
+
+    def rest(self) -> None:
+        """No more packets wait, and all verdicts are given."""
+        # What came before the last verdicts and after the queue was found empty is seen by the next time.
+        self._forget_decided()
 
     def _decide(self, packet: Packet, raw: bytes, decision: Decision, earlier: tuple[bytes, ...]) -> Verdict:
         decision = self._settle(packet, decision)

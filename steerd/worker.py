@@ -128,6 +128,7 @@ class Worker:
             self._queue.run()
             self._reader.rest()
             self._give()
+            self._datagram.rest()
             self._watch_the_time()
 
     def _on_packet(self, queued: QueuedPacket) -> None:
