@@ -23,10 +23,10 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 from steerd.core.pending import Limits
 from steerd.model import Answer, Flow
 from steerd.wire.packet import Packet
+from steerd.wire.parser import History
 
 MAX_DATAGRAMS = 16
-"""Of one flow. A hello of 16 KiB, the largest that common servers take, fills 14. All of them are read anew when one
-comes."""
+"""Of one flow. A hello of 16 KiB, the largest that common servers take, fills 14."""
 
 D = TypeVar("D")
 
@@ -64,7 +64,7 @@ class _Held(NamedTuple):
     first: Packet
     deadline: float
     packets: list[bytes]
-    payloads: list[bytes]
+    payloads: History
 
 
 class Datagrams(Generic[D]):
@@ -91,13 +91,16 @@ class Datagrams(Generic[D]):
         """What is to be done about one queued datagram; `raw` is its IP packet. `cut`: the copy ends before it does."""
         flow = packet.flow
         held = self._flows.get(flow)
-        payloads = [packet.payload] if held is None else [*held.payloads, packet.payload]
+        payloads = History() if held is None else held.payloads
+        payloads.append(packet.payload)
         decision = self._inspect(packet, payloads)
         if decision is not Answer.NEED_MORE:
             if held is not None:
                 self._forget(flow, held)
             return Decide(decision, () if held is None else tuple(held.packets))
         if cut:
+            payloads.pop()
+            payloads.memory.clear()
             return Drop(Why.CUT)
         if len(payloads) >= MAX_DATAGRAMS or sum(map(len, payloads)) >= self.limits.connection_bytes:
             if held is not None:
@@ -105,7 +108,6 @@ class Datagrams(Generic[D]):
             return GiveUp()
         if held is not None:
             held.packets.append(raw)
-            held.payloads.append(packet.payload)
             return Hold()
         evicted = self._make_room(packet.source)
         self._flows[flow] = _Held(packet, now + self._patience(packet), [raw], payloads)

@@ -19,13 +19,22 @@ says what a protocol can be inspected over (`registry.transports`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from steerd.model import Answer, Keys
 
 Inspect = Callable[[bytes], Keys | Answer]
 InspectDatagrams = Callable[[Sequence[bytes]], Keys | Answer]
+
+
+class History(list[bytes]):
+    """The datagrams of a flow so far, with room for what parsers remember of those that they have read. A parser that
+    finds nothing there reads all of them: the answer is the same."""
+
+    def __init__(self, datagrams: Iterable[bytes] = ()) -> None:
+        super().__init__(datagrams)
+        self.memory: dict[str, object] = {}
 
 
 class Parser(NamedTuple):

@@ -48,7 +48,7 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from steerd.model import Answer, Keys
 from steerd.wire.cursor import MalformedError, require
-from steerd.wire.parser import DatagramParser
+from steerd.wire.parser import DatagramParser, History
 from steerd.wire.tls import client_hello
 
 HELLO_BOUND = 16384
@@ -466,13 +466,25 @@ MID_CONNECTION = frozenset({SHORT, *(kind.value for kind in (Kind.INITIAL, Kind.
 
 def _inspect(datagrams: Sequence[bytes]) -> Keys | Answer:
     """What `inspect` says, with a header that holds no hello turned into keys."""
-    match inspect(datagrams):
+    match _resume(datagrams) if isinstance(datagrams, History) else inspect(datagrams):
         case ShortHeader(beginning=beginning):
             return {PACKET: SHORT, CONNECTION_ID: beginning.hex()}
         case LongHeader(kind=kind, dcid=dcid):
             return {PACKET: kind.value, CONNECTION_ID: dcid.hex()}
         case found:
             return found
+
+
+def _resume(history: History) -> Found:
+    """`inspect` of a flow whose earlier datagrams were read before: to decrypt all of them with every new one would let
+    a client that sends many halves of hellos cost many times what others do."""
+    memory = history.memory.get(PACKET)
+    assembly, seen = memory if isinstance(memory, tuple) else (Assembly(), 0)
+    answer: Found = Answer.NEED_MORE
+    for datagram in history[seen:]:
+        answer = assembly.feed(datagram)
+    history.memory[PACKET] = (assembly, len(history))
+    return answer
 
 
 DATAGRAMS = DatagramParser(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerd.model import Answer, Keys
+from steerd.wire.parser import History
 from steerd.wire.quic import DATAGRAM_BOUND, DATAGRAMS, Assembly, Found, LongHeader, ShortHeader, header, inspect
 from tests import initials
 from tests.flows import flow, flows
@@ -156,3 +157,14 @@ def test_nothing_raises_and_no_answer_is_taken_back(datagrams: list[bytes]) -> N
 @given(st.lists(anything, min_size=1, max_size=3))
 def test_the_bound_of_datagrams_is_kept(datagrams: list[bytes]) -> None:
     assert inspect((datagrams * DATAGRAM_BOUND)[:DATAGRAM_BOUND]) is not Answer.NEED_MORE
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(HELLOS), st.data())
+def test_reading_on_is_as_good_as_reading_all(hello: bytes, data: st.DataObject) -> None:
+    """What was read of a flow's earlier datagrams is remembered with them."""
+    history = History()
+    inspect_datagrams = DATAGRAMS.make(())
+    for each in [*data.draw(first_flights(hello)), b"\x40" + bytes(30)]:
+        history.append(each)
+        assert inspect_datagrams(history) == inspect_datagrams(list(history))
