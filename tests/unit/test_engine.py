@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from scapy.layers.dns import DNS, DNSQR
 
 from steerd import config
 from steerd.control.registry import Reader, Registry
 from steerd.core.engine import Decision, Engine
 from steerd.core.sessions import Claim
 from steerd.model import TCP, UDP, Answer, Extension, Outcome, Reason
-from steerd.wire import portext
+from steerd.wire import portext, quic_lb
 from steerd.wire.packet import ACK, SYN, Packet
+from tests import initials
+from tests.flows import flows, only
 
 NUMBERS = portext.Numbers()
 CLIENT = {4: "198.51.100.1", 6: "2001:db8:1::1"}
@@ -592,3 +597,210 @@ def test_ranges_of_one_address_that_touch_are_told_apart(tmp_path: Path) -> None
     with decider(tmp_path, f'[pools.p]\nprefixes = ["10.64.0.0/30"]\n{services}') as plan:
         found = {port: plan.decide(syn(f"203.0.113.10:{port}")).service for port in (1, 99, 100, 101, 200, 201)}
     assert found == {1: "low", 99: "low", 100: "middle", 101: "high", 200: "high", 201: ""}
+
+
+# ---- datagrams ----
+
+DATAGRAM_CONFIG = """
+[pools.tenants]
+prefixes = ["10.64.0.0/24", "fd00:64::/120"]
+[services.prefixes]
+endpoints = ["203.0.113.20:500/udp", "[2001:db8::20]:500/udp", "203.0.113.20:500/tcp"]
+inspect = ["port-extension", "prefix"]
+unmatched = "tls-alert"
+extension_pool = { pool = "tenants", by = "extension", port = 9000 }
+routes = [
+    { when.prefix = "a", target = ["10.64.0.1:9000", "[fd00:64::1]:9000"] },
+    { when.prefix = "ab", target = "10.64.0.2:9000" },
+    { when.prefix = "a", source = "192.0.2.0/24", target = "10.64.0.3:9000" },
+    { source = "192.0.2.128/25", target = "10.64.0.4:9000" },
+]
+[services.names]
+endpoints = ["203.0.113.20:53/udp"]
+inspect = ["dns"]
+routes = [
+    { when.dns.qname = "*.a.example", target = "10.64.0.1:53" },
+    { when = { dns.qname = "*.a.example", dns.qtype = "AAAA" }, target = "10.64.0.2:53" },
+]
+[services.tunnels]
+endpoints = ["203.0.113.20:51820/udp"]
+inspect = ["wireguard"]
+routes = [{ when.wireguard.public-key = "aGfFP/CshhRguvtn5UD4kh1DeIYBSOVotdR5YzEMADQ=", target = "10.64.0.1:51820" }]
+[services.passing]
+endpoints = ["203.0.113.20:22/udp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "tenants", by = "extension", port = 22 }
+[services.quic]
+endpoints = ["203.0.113.20:443/udp", "[2001:db8::20]:443/udp"]
+inspect = ["quic"]
+default = ["10.64.0.99:443", "[fd00:64::99]:443"]
+routes = [
+    { when.quic.sni = "a.example", target = ["10.64.0.1:443", "[fd00:64::1]:443"] },
+    { when = { quic.sni = "a.example", quic.alpn = "hq" }, target = "10.64.0.2:443" },
+    { when.quic.server-id = "0a0b", target = ["10.64.0.3:443", "[fd00:64::3]:443"] },
+]
+[services.quic.quic]
+connection_ids = [
+    { config = 0, server_id_length = 2, nonce_length = 4 },
+    { config = 1, server_id_length = 2, nonce_length = 8, key = "00112233445566778899aabbccddeeff" },
+]
+"""
+QUIC4, QUIC6 = "203.0.113.20:443", "[2001:db8::20]:443"
+PREFIX4, PREFIX6 = "203.0.113.20:500", "[2001:db8::20]:500"
+PLAIN, ENCRYPTED = quic_lb.Config(0, 2, 4), quic_lb.Config(1, 2, 8, bytes.fromhex("00112233445566778899aabbccddeeff"))
+
+
+@pytest.fixture(scope="module")
+def datagrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decider]:
+    with decider(tmp_path_factory.mktemp("state"), DATAGRAM_CONFIG) as made:
+        yield made
+
+
+def decided(
+    plan: Decider, endpoint: str, *payloads: bytes, extension: tuple[int, int] | None = None, source: str | None = None
+) -> tuple[Outcome, Reason, str | None] | Answer:
+    """What becomes of a flow with these first datagrams, why, and where it goes."""
+    last = syn(endpoint, extension, payload=payloads[-1], source=source, protocol=UDP)._replace(flags=0, seq=0)
+    decision = plan.engine.decide_datagrams(last, payloads)
+    if isinstance(decision, Answer):
+        return decision
+    return decision.outcome, decision.reason, plan.target(decision)
+
+
+def steered(target: str, reason: Reason = Reason.ROUTE) -> tuple[Outcome, Reason, str | None]:
+    return Outcome.STEER, reason, target
+
+
+def dropped(reason: Reason = Reason.UNMATCHED) -> tuple[Outcome, Reason, str | None]:
+    return Outcome.DROP, reason, None
+
+
+def test_datagrams_by_their_first_bytes_source_and_extension(datagrams: Decider) -> None:
+    decide = partial(decided, datagrams)
+    assert decide(PREFIX4, b"a1") == steered("10.64.0.1:9000")
+    assert decide(PREFIX6, b"a1") == steered("[fd00:64::1]:9000")
+    assert decide(PREFIX4, b"abc") == steered("10.64.0.2:9000")
+    assert decide(PREFIX6, b"abc") == dropped(Reason.NO_FAMILY)
+    assert decide(PREFIX4, b"a1", source="192.0.2.1") == steered("10.64.0.3:9000")
+    assert decide(PREFIX4, b"x", source="192.0.2.129") == steered("10.64.0.4:9000")
+    assert decide(PREFIX4, b"x", extension=(5, 0)) == steered("10.64.0.4:9000", Reason.ARITHMETIC)
+    assert decide(PREFIX6, b"x", extension=(5, 0)) == steered("[fd00:64::4]:9000", Reason.ARITHMETIC)
+    assert decide(PREFIX4, b"a1", extension=(5, 0)) == steered("10.64.0.1:9000")
+    assert decide("203.0.113.20:22", b"x", extension=(5, 0)) == steered("10.64.0.4:22", Reason.ARITHMETIC)
+    assert decide("203.0.113.20:22", b"x") == (Outcome.PASS, Reason.UNEXTENDED_PASS, None)
+    assert decide("203.0.113.20:501", b"a") == dropped(Reason.NO_ENDPOINT)
+
+
+@pytest.mark.parametrize("unmatched", ["reset", "drop", "tls-alert"])
+def test_a_datagram_is_refused_by_silence(tmp_path: Path, unmatched: str) -> None:
+    with decider(tmp_path, DATAGRAM_CONFIG.replace("tls-alert", unmatched)) as plan:
+        assert decided(plan, PREFIX4, b"x") == dropped()
+        assert decided(plan, PREFIX6, b"abc") == dropped(Reason.NO_FAMILY)
+        assert decided(plan, PREFIX4, b"") == dropped()
+
+
+def test_each_query_by_its_name_and_type(datagrams: Decider) -> None:
+    def ask(name: str, qtype: str = "A") -> object:
+        return decided(datagrams, "203.0.113.20:53", bytes(DNS(rd=1, qd=DNSQR(qname=name, qtype=qtype))))
+
+    assert ask("www.A.example") == ask("x.y.a.example") == steered("10.64.0.1:53")
+    assert ask("www.a.example", "AAAA") == steered("10.64.0.2:53")
+    assert ask("www.b.example") == ask("a.example") == dropped()
+    assert decided(datagrams, "203.0.113.20:53", b"not a query") == dropped()
+    assert datagrams.engine.decides_every_datagram(syn("203.0.113.20:53", protocol=UDP))
+    assert not datagrams.engine.decides_every_datagram(syn(QUIC4, protocol=UDP))
+
+
+def test_a_tunnel_by_the_public_key_that_its_handshake_is_for(datagrams: Decider) -> None:
+    initiation = only(flows("wireguard")[0])
+    assert decided(datagrams, "203.0.113.20:51820", initiation) == steered("10.64.0.1:51820")
+    assert decided(datagrams, "203.0.113.20:51820", initiation[:-40] + bytes(40)) == dropped()
+
+
+@pytest.mark.parametrize(("endpoint", "target"), [(QUIC4, "10.64.0.1:443"), (QUIC6, "[fd00:64::1]:443")])
+def test_quic_by_the_name_in_a_hello_of_several_datagrams_in_any_order(
+    datagrams: Decider, endpoint: str, target: str
+) -> None:
+    hello = initials.flight(initials.client_hello(b"a.example", b"h3", size=2700))
+    assert len(hello) == 3
+    for order in itertools.permutations(hello):
+        assert decided(datagrams, endpoint, *order[:1]) is decided(datagrams, endpoint, *order[:2]) is Answer.NEED_MORE
+        assert decided(datagrams, endpoint, *order) == steered(target)
+
+
+def test_quic_by_other_keys_and_by_default(datagrams: Decider) -> None:
+    default = steered("10.64.0.99:443", Reason.DEFAULT)
+
+    def hello(name: bytes, protocol: bytes, version: int = initials.VERSION_1) -> object:
+        flight = initials.flight(initials.client_hello(name, protocol), version=version)
+        return decided(datagrams, QUIC4, *flight)
+
+    assert hello(b"A.example", b"h3") == steered("10.64.0.1:443")
+    assert hello(b"a.example", b"h3", initials.VERSION_2) == steered("10.64.0.1:443")
+    assert hello(b"a.example", b"hq") == steered("10.64.0.2:443")
+    assert hello(b"b.example", b"h3") == default
+    assert decided(datagrams, QUIC4, initials.other(initials.INITIAL, 1100, version=0x1A2A3A4A)) == default
+    assert decided(datagrams, QUIC4, b"not QUIC") == default
+
+
+def short(connection_id: bytes) -> bytes:
+    return b"\x40" + connection_id + bytes(30)
+
+
+@pytest.mark.parametrize("config", [PLAIN, ENCRYPTED], ids=["plain", "encrypted"])
+@pytest.mark.parametrize(("endpoint", "target"), [(QUIC4, "10.64.0.3:443"), (QUIC6, "[fd00:64::3]:443")])
+def test_a_connection_from_nowhere_goes_where_its_server_id_says(
+    datagrams: Decider, config: quic_lb.Config, endpoint: str, target: str
+) -> None:
+    def connection_id(server: bytes) -> bytes:
+        return quic_lb.encode(config, server, bytes(range(7, 7 + config.nonce_length)))
+
+    known, unknown = connection_id(b"\x0a\x0b"), connection_id(b"\x0a\x0c")
+    assert decided(datagrams, endpoint, short(known)) == steered(target)
+    assert decided(datagrams, endpoint, initials.other(initials.HANDSHAKE, 1100, dcid=known)) == steered(target)
+    assert decided(datagrams, endpoint, short(unknown)) == dropped(Reason.UNKNOWN_CONNECTION)
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        short(bytes.fromhex("e0" + "0a0b" * 6)),  # of no configuration
+        short(bytes.fromhex("400a0b01020304")),
+        initials.other(initials.HANDSHAKE, 1100),
+        initials.other(initials.RETRY, 1100),
+        initials.initial(initials.PING, keys_of=b"another", pad_to=1200),
+    ],
+    ids=["short", "short of a configuration that is not ours", "handshake", "retry", "initial"],
+)
+def test_an_unknown_connection_never_goes_to_the_default(datagrams: Decider, datagram: bytes) -> None:
+    """That daemon would not know it either, and might end it."""
+    assert decided(datagrams, QUIC4, datagram) == dropped(Reason.UNKNOWN_CONNECTION)
+
+
+def test_an_unknown_connection_may_be_routed_by_its_source(tmp_path: Path) -> None:
+    text = DATAGRAM_CONFIG.replace(
+        '{ when.quic.sni = "a.example", target',
+        '{ source = "192.0.2.0/24", target = "10.64.0.7:443" },\n    { when.quic.sni = "a.example", target',
+    )
+    with decider(tmp_path, text) as plan:
+        unknown = short(bytes.fromhex("e0" + "0a0b" * 6))
+        assert decided(plan, QUIC4, unknown, source="192.0.2.1") == steered("10.64.0.7:443")
+        assert decided(plan, QUIC4, unknown) == dropped(Reason.UNKNOWN_CONNECTION)
+
+
+def test_the_source_that_a_proxy_names_may_be_of_another_family_than_the_route_s_target(tmp_path: Path) -> None:
+    text = """
+[pools.p]
+prefixes = ["10.64.0.0/24"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp"]
+inspect = ["proxy", "http"]
+trusted_proxies = ["198.51.100.0/24"]
+routes = [{ when = { "http.host" = "a.example" }, source = "2001:db8:7::/48", target = "10.64.0.1:443" }]
+"""
+    with decider(tmp_path, text) as plan:
+        for client, reason in (("2001:db8:7::1", Reason.ROUTE), ("2001:db8:8::1", Reason.UNMATCHED)):
+            found = plan.first(WEB4, f"PROXY TCP6 {client} {client} 5555 443\r\n".encode() + REQUEST)
+            assert found is not None
+            assert found.reason is reason
