@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from steerd.kernel import handshake
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element
 from steerd.kernel.queue import Ruling
-from steerd.kernel.ruleset import target_elements
+from steerd.kernel.ruleset import datagram_elements, target_elements
 from steerd.model import Extension, Flow, Reason, Target
 from steerd.telemetry.counters import Counters, Extra
 from steerd.wire import portext
 from steerd.worker import Worker, WorkerSettings
+from tests import initials
 
 MARK = MarkLayout(8, 27)
 THEIRS = 0xA000005A
@@ -89,6 +91,9 @@ class StandInNftables:
             raise self.error
         self.inserted += elements
 
+    def contains(self, name: str, key: bytes) -> bool:
+        return any((name, key) == (element.name, element.key) for element in self.inserted)
+
 
 class StandInInjector:
     """Remembers what was sent."""
@@ -138,10 +143,12 @@ class StandInQueue:
 class Lab:
     """A worker, and everything around it."""
 
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, access_log: int = 0) -> None:
+    def __init__(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch, access_log: int = 0, text: str = CONFIG
+    ) -> None:
         self.directory = directory
         registry = Registry(str(directory))
-        registry.publish(config.parse(CONFIG, "steerd.toml"))
+        registry.publish(config.parse(text, "steerd.toml"))
         registry.close()
         self.counters = Counters.create(directory / "counters", 1)
         self.nftables = StandInNftables()
@@ -471,3 +478,208 @@ def test_a_worker_whose_main_process_is_gone_ends_by_itself(lab: Lab) -> None:
     command = [sys.executable, "-m", "steerd.worker", argument]
     done = subprocess.run(command, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# ---- datagrams ----
+
+DATAGRAM_CONFIG = """
+[gateway]
+mark_bits = "8-27"
+[gateway.pending]
+source_connections = 2
+connections = 3
+[pools.p]
+prefixes = ["10.64.0.0/24"]
+[services.a-prefixes]
+endpoints = ["203.0.113.10:500-599/udp"]
+inspect = ["prefix"]
+routes = [
+    { when.prefix = "a", target = "10.64.0.1:500" },
+    { when.prefix = "b", target = "10.64.0.2:500" },
+    { when.prefix = "same", target = "10.64.0.1:same" },
+]
+[services.b-quic]
+endpoints = ["203.0.113.10:443/udp"]
+inspect = ["quic"]
+first_payload_timeout = 3
+routes = [{ when.quic.sni = "a.example", target = "10.64.0.1:443" }]
+[services.c-names]
+endpoints = ["203.0.113.10:53/udp"]
+inspect = ["dns"]
+routes = [
+    { when.dns.qname = "a.example", target = "10.64.0.1:53" },
+    { when.dns.qname = "b.example", target = "10.64.0.2:53" },
+]
+[services.d-passing]
+endpoints = ["203.0.113.10:22/udp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "p", by = "extension", port = 22 }
+"""
+TO_A, TO_B, TO_SAME, TO_QUIC, TO_NAME_A, TO_NAME_B = range(FIRST_TARGET_ID, FIRST_TARGET_ID + 6)
+
+
+@pytest.fixture
+def udp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    lab = Lab(tmp_path, monkeypatch, text=DATAGRAM_CONFIG)
+    lab.start()
+    yield lab
+    lab.close()
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+def datagram(payload: bytes, port: int = 500, *, sport: int = 40000, source: str = "198.51.100.1") -> bytes:
+    """An IPv4 datagram to the endpoint, as it lies in the queue."""
+    src, dst = (ipaddress.ip_address(text).packed for text in (source, "203.0.113.10"))
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28 + len(payload), 0, 0, 64, 17, 0, src, dst)
+    return head + struct.pack("!HHHH", sport, port, 8 + len(payload), 0) + payload
+
+
+def query(name: bytes, sport: int = 40000) -> bytes:
+    labels = b"".join(bytes([len(label)]) + label for label in name.split(b"."))
+    return datagram(bytes.fromhex("000701000001000000000000") + labels + b"\0\0\1\0\1", 53, sport=sport)
+
+
+def hello(parts: int, name: bytes = b"a.example", sport: int = 40000) -> list[bytes]:
+    """A QUIC hello of so many datagrams."""
+    flight = initials.flight(initials.client_hello(name, b"h3", size=1000 * parts - 300))
+    assert len(flight) == parts
+    return [datagram(each, 443, sport=sport) for each in flight]
+
+
+def rest(lab: Lab) -> None:
+    """The queue is found empty, twice: what was decided is forgotten."""
+    for _ in range(2):
+        lab.worker._datagram.rest()
+
+
+def steered(target_id: int) -> tuple[str, int]:
+    return "accept", THEIRS | MARK.field(target_id)
+
+
+DROPPED = ("drop", THEIRS)
+
+
+def udp_elements(target_id: int, text: str, dport: int) -> list[Element]:
+    host, _, port = text.rpartition(":")
+    target = Target(ipaddress.ip_address(host), int(port))
+    field = MARK.field(target_id)
+    return target_elements(field, target) + datagram_elements(field, target_id, target, dport)
+
+
+def test_a_datagram_that_suffices_goes_on_with_the_decision_as_its_mark(udp: Lab) -> None:
+    assert udp.outcome(datagram(b"a1"), THEIRS) == steered(TO_A)
+    assert udp.nftables.inserted == udp_elements(TO_A, "10.64.0.1:500", 500)
+    assert udp.outcome(datagram(b"a2", sport=40001), THEIRS) == steered(TO_A)
+    assert udp.injected == []
+    assert udp.counted() == {"ROUTE": 2, "LOADED": 1}
+
+
+def test_the_other_outcomes_of_datagrams(udp: Lab) -> None:
+    assert udp.outcome(datagram(b"x"), THEIRS) == DROPPED
+    assert udp.outcome(datagram(b"x", 22), THEIRS) == ("accept", THEIRS | MARK.field(PASS_ID))
+    assert udp.outcome(datagram(b"x", 80), THEIRS) == DROPPED
+    assert udp.counted() == {"UNMATCHED": 1, "UNEXTENDED_PASS": 1, "NO_ENDPOINT": 1}
+    assert udp.nftables.inserted == []
+
+
+def test_a_hello_of_several_datagrams_is_sent_whole_and_in_order_once_it_is_decided(udp: Lab) -> None:
+    first, second, third = hello(3)
+    assert udp.outcome(third, THEIRS) == udp.outcome(first, THEIRS) == DROPPED
+    assert udp.injected == []
+    udp.worker._watch_the_time()
+    assert udp.queue.seconds > 0, "somebody waits"
+    assert udp.outcome(second, THEIRS) == DROPPED
+    assert udp.injected == [(part, MARK.field(TO_QUIC)) for part in (third, first, second)]
+    assert udp.counted() == {"HELD_DATAGRAMS": 2, "ROUTE": 1, "LOADED": 1}
+
+
+def test_what_waited_behind_a_decided_flow_follows_it_whatever_it_says(udp: Lab) -> None:
+    packets = [udp.queue.arrive(datagram(payload), THEIRS) for payload in (b"a", b"b", b"x")]
+    udp.worker._give()
+    assert [(packet.verdicts, packet.mark) for packet in packets] == [(["accept"], steered(TO_A)[1])] * 3
+    parts = [*hello(2), datagram(b"behind", 443)]
+    for part in parts:
+        assert udp.outcome(part, THEIRS) == DROPPED
+    assert udp.injected == [(part, MARK.field(TO_QUIC)) for part in parts]
+    assert udp.counted() == {"ROUTE": 2, "LOADED": 2, "FORWARDED": 3, "HELD_DATAGRAMS": 1}
+    rest(udp)
+    assert udp.outcome(datagram(b"b"), THEIRS) == steered(TO_B), "the kernel has forgotten the flow: it is a new one"
+
+
+def test_of_a_refused_flow_nothing_is_remembered(udp: Lab) -> None:
+    assert udp.outcome(datagram(b"x"), THEIRS) == DROPPED
+    assert udp.outcome(datagram(b"a"), THEIRS) == steered(TO_A)
+
+
+def test_each_query_is_decided_by_itself(udp: Lab) -> None:
+    asked = [(b"a.example", TO_NAME_A), (b"b.example", TO_NAME_B)] * 3
+    packets = [udp.queue.arrive(query(name), THEIRS) for name, _ in asked]
+    udp.worker._give()
+    assert [packet.mark for packet in packets] == [steered(target_id)[1] for _, target_id in asked]
+    assert udp.outcome(query(b"c.example"), THEIRS) == DROPPED
+    assert udp.counted() == {"ROUTE": 6, "UNMATCHED": 1, "LOADED": 2}
+
+
+def test_one_daemon_under_two_ids_is_known_by_the_first(udp: Lab) -> None:
+    """`same` and the number are one address and port; its answers have one mark."""
+    assert udp.outcome(datagram(b"a"), THEIRS) == steered(TO_A)
+    assert udp.outcome(datagram(b"same", sport=40001), THEIRS) == steered(TO_SAME)
+    daemons = [element for element in udp.nftables.inserted if element.name == "daemons4"]
+    assert daemons == [element for element in udp_elements(TO_A, "10.64.0.1:500", 500) if element.name == "daemons4"]
+    assert udp.outcome(datagram(b"same", 501, sport=40001), THEIRS) == steered(TO_SAME)
+    assert len([element for element in udp.nftables.inserted if element.name == "daemons4"]) == 2
+
+
+def test_a_flow_whose_target_the_kernel_refuses_is_dropped_and_tried_again(udp: Lab) -> None:
+    udp.nftables.error = KernelError("nf_tables took no element")
+    first, second = hello(2)
+    assert udp.outcome(first, THEIRS) == udp.outcome(second, THEIRS) == DROPPED
+    assert udp.injected == []
+    udp.nftables.error = None
+    assert udp.outcome(first, THEIRS) == udp.outcome(second, THEIRS) == DROPPED
+    assert udp.injected == [(first, MARK.field(TO_QUIC)), (second, MARK.field(TO_QUIC))]
+    assert udp.counted() == {"HELD_DATAGRAMS": 2, "NOT_LOADED": 1, "ROUTE": 1, "LOADED": 1}
+
+
+def test_flows_that_never_suffice(udp: Lab) -> None:
+    first, _ = hello(2)
+    longer = datagram(first[28:] + bytes(4000), 443)
+    assert udp.outcome(longer[:4016], THEIRS) == DROPPED, "it could not be sent again"
+    assert udp.counted() == {"CUT_DATAGRAMS": 1}
+    for _ in range(16):
+        assert udp.outcome(first, THEIRS) == DROPPED
+    assert udp.counted() == {"CUT_DATAGRAMS": 1, "HELD_DATAGRAMS": 15, "TOO_LONG": 1}
+    udp.outcome(first, THEIRS)
+    now = time.monotonic()
+    udp.worker._datagram.expire(now + 2.9)
+    assert "TOO_SLOW" not in udp.counted()
+    udp.worker._datagram.expire(now + 3.2)
+    assert udp.counted()["TOO_SLOW"] == 1
+    assert len(udp.worker._datagram) == 0
+    assert udp.injected == []
+
+
+def test_who_pushes_out_whom_is_counted(udp: Lab) -> None:
+    for sport in (1, 2, 3):
+        udp.outcome(hello(2, sport=sport)[0], THEIRS)
+    assert udp.counted() == {"HELD_DATAGRAMS": 3, "EVICTED_SOURCE": 1}
+    for number in (2, 3):
+        flight = initials.flight(initials.client_hello(b"a.example", b"h3", size=1700))
+        udp.outcome(datagram(flight[0], 443, source=f"198.51.100.{number}"), THEIRS)
+    assert udp.counted() == {"HELD_DATAGRAMS": 5, "EVICTED_SOURCE": 1, "EVICTED_TOTAL": 1}
+
+
+def test_a_reload_decides_what_is_held_by_the_new_plan(udp: Lab) -> None:
+    first, second = hello(2)
+    assert udp.outcome(first, THEIRS) == DROPPED
+    assert udp.outcome(datagram(b"a"), THEIRS) == steered(TO_A)
+    udp.publish(DATAGRAM_CONFIG.replace("10.64.0.1:443", "10.64.0.7:443"))
+    assert udp.outcome(second, THEIRS) == DROPPED
+    moved = udp.injected[0][1]
+    assert udp.injected == [(first, moved), (second, moved)]
+    assert moved not in (None, MARK.field(TO_QUIC))
+    new = [element for element in udp.nftables.inserted if element.name == "targets4"][-1]
+    assert new.data == ipaddress.ip_address("10.64.0.7").packed + (443).to_bytes(2) + bytes(2)
+    assert udp.outcome(datagram(b"b"), THEIRS) == steered(TO_B), "nothing is decided by the old plan any more"
