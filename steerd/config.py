@@ -24,6 +24,7 @@ import re
 import string
 import tomllib
 import types
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -985,9 +986,20 @@ class _Scene:
         self.endpoints = endpoints
         self.endpoint_keys = {e.address: key for service in endpoints.values() for key, e in service.items()}
         self.wildcard: dict[Target, None] = {}
+        self._blocks: dict[int, list[tuple[int, int, Pool]]] = {4: [], 6: []}
+        for version, found in self._blocks.items():
+            for pool in pools.values():
+                found += ((int(first), int(first) + length - 1, pool) for first, length in pool.blocks(version))
+            found.sort()
+        self._firsts = {version: [first for first, _, _ in found] for version, found in self._blocks.items()}
 
     def pool_of(self, address: IPAddress) -> Pool | None:
-        return next((pool for pool in self.pools.values() if address in pool), None)
+        number = int(address)
+        place = bisect_right(self._firsts[address.version], number) - 1
+        if place < 0:
+            return None
+        _, last, pool = self._blocks[address.version][place]
+        return pool if number <= last else None
 
 
 def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
@@ -1015,13 +1027,15 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     if not reader.is_bad(f"{path}.quic"):
         _check_server_ids(routes, connection_ids, reader)
     ways = {
+        # Routes may come while it runs.
+        "inspect": raw.inspect,
         "routes": raw.routes,
         "default": raw.default,
         "extension_pool": raw.extension_pool,
         "sessions": raw.sessions is not None,
     }
     if not any(way or reader.is_bad(f"{path}.{key}") for key, way in ways.items()):
-        reader.problem(path, "Can never steer anything: it has no routes, no default, no extension_pool, no sessions.")
+        reader.problem(path, "Can never steer anything: it has no inspect, no routes, no default, no extension_pool.")
     return Service(
         name=name,
         endpoints=endpoints,

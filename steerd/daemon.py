@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -27,12 +27,12 @@ from steerd.config import Config, Service, Unextended
 from steerd.control.api import Api
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
-from steerd.errors import SteerdError
+from steerd.errors import KernelError, SteerdError
 from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
-from steerd.model import TCP, UDP, Endpoint, Reason
+from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
@@ -172,7 +172,7 @@ class Daemon:
         self._config = config
         self._lock = take_lock(config.gateway.run_dir)
         self._log = logs.configure(process="main")
-        self._registry = Registry(config.gateway.state_dir)
+        self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
         self._api = Api(self._registry, config.gateway.run_dir, self._on_api_fault)
         counters = Path(config.gateway.run_dir) / "counters"
@@ -209,11 +209,16 @@ class Daemon:
             aliases_removed=changes.removed,
             seconds=round(time.monotonic() - started, 3),
         )
+        ended = self._registry.leases.reconcile(time.time())
+        if ended:
+            self._log.info("flows of leases that have ended were ended", flows=ended)
+        self._loop = loop
         await self._api.start()
         ready = [asyncio.Event() for _ in range(self._config.gateway.workers)]
         tasks = [asyncio.create_task(self._keep_worker(index, ready[index])) for index in range(len(ready))]
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
         tasks += [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch_queues())]
+        tasks.append(asyncio.create_task(self._keep_leases()))
         tasks.append(asyncio.create_task(self._claims.keep_collecting(self._on_claims_kept)))
         announce = asyncio.create_task(self._announce(ready, started))
         stop = asyncio.create_task(self._stop.wait())
@@ -406,6 +411,24 @@ class Daemon:
                 routes=changes.routes_added,
             )
 
+    def call_mend_aliases(self) -> None:
+        """`_mend_aliases`, from another thread than the event loop's, and wait for it."""
+        asyncio.run_coroutine_threadsafe(self._mend_aliases(), self._loop).result()
+
+    async def _keep_leases(self) -> None:
+        """End leases when their time has come."""
+        leases = self._registry.leases
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            end = leases.next_end()
+            if end is None or end > time.time():
+                continue
+            try:
+                for view in await asyncio.to_thread(leases.expire, time.time()):
+                    self._log.info("lease ended", lease=view.name, addresses=view.addresses, flows=view.flows)
+            except (SteerdError, OSError) as error:
+                self._log.error("leases cannot be ended; trying again", why=str(error))
+
     async def _keep_reloading(self) -> None:
         while True:
             await self._reload.wait()
@@ -446,6 +469,25 @@ class Daemon:
         self._config = new
         aliases.reconcile(list(new.pools.values()))
         self._log.info("reloaded", file=str(new.file), services=len(new.services))
+
+
+class _LeaseEffects:
+    """What leases do to the kernel (control.leases.Effects)."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def make_ready(self, addresses: Sequence[IPAddress]) -> None:
+        if aliases.are_local(addresses):
+            return
+        self._daemon.call_mend_aliases()
+        if not aliases.are_local(addresses):
+            text = " and ".join(str(address) for address in addresses)
+            raise KernelError(f"{text} cannot be made local: the kernel takes it for an address of somebody else.")
+
+    def end_flows(self, addresses: Sequence[IPAddress]) -> int:
+        with contextlib.closing(Conntrack()) as conntrack:
+            return conntrack.end_flows_to([address.packed for address in addresses])
 
 
 def total_decisions(counters: Counters) -> dict[str, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,17 +16,30 @@ from rich.table import Table
 from rich.text import Text
 
 from steerd import config as configuration
-from steerd.cli.main import DEFAULT_CONFIG, EXIT_BAD_CONFIG, EXIT_FAILED, ConfigFile
+from steerd.cli.main import DEFAULT_CONFIG, EXIT_BAD_CONFIG, EXIT_FAILED, ConfigFile, progress_bar
 from steerd.errors import ConfigError, SteerdError
 from steerd.telemetry.counters import Counters, Extra
+
+_BATCH_LINES = 10_000
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 session = typer.Typer(no_args_is_help=True, help="Sessions: which session id belongs to which target and source.")
 app.add_typer(session, name="session")
+lease = typer.Typer(no_args_is_help=True, help="Leases: which name has which alias of a pool.")
+app.add_typer(lease, name="lease")
+route = typer.Typer(no_args_is_help=True, help="Routes: those of the configuration, and others that come and go.")
+app.add_typer(route, name="route")
 
 Service = Annotated[str, typer.Argument(help="Name of the service.")]
 SessionId = Annotated[str, typer.Argument(help="What clients say.", metavar="ID")]
 Config = Annotated[Path, typer.Option(help="The daemon's configuration, in TOML.", metavar="FILE")]
+Name = Annotated[str, typer.Argument(help="Whose lease it is.")]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option("--key", help="A condition, as in `tls.sni=a.example`; may be repeated.", metavar="KEY=VALUE"),
+]
+Source = Annotated[str | None, typer.Option(help="Only clients of this prefix.", metavar="PREFIX")]
+Ttl = Annotated[str | None, typer.Option(help="When it ends unless renewed: 90s, 15m, 12h, 7d.", metavar="TIME")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
@@ -100,13 +115,7 @@ def probe(
 @session.command("list")
 def list_sessions(service: Service, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """All sessions of a service, those of the configuration and those that were added."""
-    path = ("services", service, "sessions")
-    found: list[dict[str, Any]] = []
-    after: str | None = ""
-    while after is not None:
-        page = _ask(config, "GET", *path, query={"after": after})
-        found += page["sessions"]
-        after = page["next"]
+    found = _pages(config, "sessions", "services", service, "sessions")
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -141,6 +150,195 @@ def remove_session(
     """Forget a session that was added; its connections go on."""
     _ask(config, "DELETE", "services", service, "sessions", session_id)
     typer.echo(json.dumps({"service": service, "id": session_id}) if as_json else f"{session_id}: removed")
+
+
+@lease.command("list")
+def list_leases(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """All leases."""
+    found = _pages(config, "leases", "leases")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table("name", "pool", "addresses", "ends", "route", "state", title="leases")
+    for each in found:
+        table.add_row(*(Text(text, overflow="fold") for text in _lease_row(each)))
+    Console().print(table)
+
+
+@lease.command("add")
+def add_lease(
+    name: Name,
+    pool: Annotated[str, typer.Option(help="The pool that the alias is of.")],
+    service: Annotated[str | None, typer.Option(help="The service whose connections the alias gets.")] = None,
+    key: Conditions = None,
+    source: Source = None,
+    port: Annotated[str, typer.Option(help="The daemon's port on the alias; `same` is the client's.")] = "same",
+    ttl: Ttl = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Give an alias of a pool to a name, and a route to it: the one it had before if that is free, else the lowest."""
+    body: dict[str, Any] = {"pool": pool, "port": int(port) if port.isdecimal() else port}
+    body |= {"service": service, "when": _conditions(key), "source": source, "ttl": _seconds(ttl)}
+    made = _ask(config, "PUT", "leases", name, body=body)
+    typer.echo(json.dumps(made) if as_json else f"{name}: {', '.join(made['addresses'])}")
+
+
+@lease.command("renew")
+def renew_lease(name: Name, ttl: Ttl = None, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Let a lease end later: after the time it was given, or another one, from now on."""
+    made = _ask(config, "POST", "leases", name, "renew", body={"ttl": _seconds(ttl)})
+    typer.echo(json.dumps(made) if as_json else f"{name}: ends {_moment(made['expires'])}")
+
+
+@lease.command("release")
+def release_lease(name: Name, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Take the alias from a name: its route goes, its connections end, and nobody else gets it for a while."""
+    ended = _ask(config, "DELETE", "leases", name)
+    text = f"{name}: released, {ended['flows']} flows ended, in quarantine until {_moment(ended['until'])}"
+    typer.echo(json.dumps(ended) if as_json else text)
+
+
+@route.command("list")
+def list_routes(service: Service, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """All routes of a service, and where each comes from."""
+    found = _pages(config, "routes", "services", service, "routes")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table("when", "source", "target", "from", "state", title=f"routes of {service}")
+    for each in found:
+        table.add_row(*(Text(text, overflow="fold") for text in _route_row(each)))
+    Console().print(table)
+
+
+@route.command("add")
+def add_route(
+    service: Service,
+    targets: Annotated[
+        list[str], typer.Argument(help="ADDRESS:PORT, or ADDRESS:same; one for each address family.", metavar="TARGET")
+    ],
+    key: Conditions = None,
+    source: Source = None,
+    external: Annotated[bool, typer.Option("--external", help="The targets are in no pool.")] = False,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Define a route, or give it another target; it counts from the next connection on."""
+    to = [{"address": target, "external": external} for target in targets]
+    body = {"when": _conditions(key), "source": source, "target": to}
+    made = _ask(config, "PUT", "services", service, "routes", body=body)
+    typer.echo(json.dumps(made) if as_json else f"{_when(made)}: {', '.join(made['targets'])}")
+
+
+@route.command("remove")
+def remove_route(
+    service: Service, key: Conditions = None, source: Source = None, config: Config = DEFAULT_CONFIG
+) -> None:
+    """Take a route away that was added; its connections go on."""
+    query = {"when": json.dumps(_conditions(key))} | ({} if source is None else {"source": source})
+    _ask(config, "DELETE", "services", service, "routes", query=query)
+    typer.echo("removed")
+
+
+@app.command("export")
+def export_registry(config: Config = DEFAULT_CONFIG) -> None:
+    """Write routes that were added, and leases, to standard output: one JSON object a line."""
+    from steerd.control import client
+
+    for piece in client.download(configuration.load(config).gateway.run_dir, "export"):
+        sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+
+
+@app.command("import")
+def import_registry(
+    file: Annotated[
+        Path, typer.Argument(help="What `export` wrote; - is standard input.", metavar="FILE", allow_dash=True)
+    ],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Add the routes and leases of a file, ten thousand at a time; nothing is removed, and what is there stays."""
+    from steerd.control import client
+
+    run_dir = configuration.load(config).gateway.run_dir
+    total = {"added": 0, "changed": 0, "unchanged": 0}
+    number = 1
+    with sys.stdin.buffer if str(file) == "-" else _opened(file) as lines, progress_bar("lines") as progress:
+        size = Path(file).stat().st_size if str(file) != "-" and Path(file).is_file() else None
+        sent = 0
+        while batch := list(itertools.islice(lines, _BATCH_LINES)):
+            text = b"".join(batch)
+            done = client.request(run_dir, "POST", "import", query={"line": str(number)}, body=text)
+            total = {name: count + done[name] for name, count in total.items()}
+            number += len(batch)
+            sent += len(text)
+            if progress is not None:
+                # Of lines to come nobody knows the number, but their share of the file.
+                progress(number - 1, round((number - 1) * size / sent) if size else 0)
+    words = ", ".join(f"{count:,} {name}" for name, count in total.items())
+    typer.echo(json.dumps(total) if as_json else words)
+
+
+def _opened(file: Path) -> IO[bytes]:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise SteerdError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _pages(config: Path, what: str, *path: str) -> list[dict[str, Any]]:
+    """All of a list that the API gives in pages."""
+    found: list[dict[str, Any]] = []
+    after: str | None = ""
+    while after is not None:
+        page = _ask(config, "GET", *path, query={"after": after})
+        found += page[what]
+        after = page["next"]
+    return found
+
+
+def _conditions(written: list[str] | None) -> dict[str, str]:
+    conditions = {}
+    for each in written or []:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise SteerdError(f"{each} is no condition; one is written KEY=VALUE, as in tls.sni=a.example.")
+        if key in conditions:
+            raise SteerdError(f"The key {key} is there twice; a route compares each key once.")
+        conditions[key] = value
+    return conditions
+
+
+def _seconds(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if not text[:-1].isdecimal() or text[-1:] not in units:
+        raise SteerdError(f"{text} is no time; one is written 90s, 15m, 12h or 7d.")
+    return int(text[:-1]) * units[text[-1]]
+
+
+def _moment(seconds: float | None) -> str:
+    return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _when(route: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in route["when"].items()) or "any"
+
+
+def _route_row(route: dict[str, Any]) -> tuple[str, ...]:
+    origin = route["origin"] if route["place"] is None else f"static ({route['place']})"
+    state = "in force" if route["usable"] else "not in force under this configuration"
+    return _when(route), route["source"] or "", ", ".join(route["targets"]), origin, state
+
+
+def _lease_row(lease: dict[str, Any]) -> tuple[str, ...]:
+    route = lease["route"]
+    shown = "" if route is None else f"{route['service']}: {_when(route)}"
+    state = "in force" if lease["usable"] else "its alias is in no pool of the configuration"
+    return lease["name"], lease["pool"], ", ".join(lease["addresses"]), _moment(lease["expires"]), shown, state
 
 
 def _session_row(session: dict[str, Any]) -> tuple[str, ...]:

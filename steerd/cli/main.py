@@ -28,7 +28,7 @@ def run(file: ConfigFile = DEFAULT_CONFIG) -> None:
     """Run the daemon in the foreground: it logs to standard error, reloads on SIGHUP, stops on SIGTERM."""
     from steerd import daemon
 
-    with _progress("aliases") as progress:
+    with progress_bar("aliases") as progress:
         daemon.run(configuration.load(file), progress)
 
 
@@ -56,7 +56,7 @@ def down(file: ConfigFile = DEFAULT_CONFIG) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None

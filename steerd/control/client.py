@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -12,6 +14,7 @@ from urllib.parse import quote, urlencode
 from steerd.errors import SteerdError
 
 _TIMEOUT_SECONDS = 60.0
+_PIECE = 1 << 18
 
 
 def socket_path(run_dir: str) -> Path:
@@ -32,21 +35,42 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def request(run_dir: str, method: str, *path: str, query: dict[str, str] | None = None, body: object = None) -> Any:
     """What the API answers to `method` on /v1/ and the parts of a path, from JSON (None where it answers nothing).
+    `body` is sent as JSON, or as it is if it is bytes.
 
     Raises SteerdError with the API's own sentence, or one about the daemon that does not answer.
     """
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body)
+    with _asked(run_dir, method, path, query, content) as response:
+        answer = response.read()
+        return json.loads(answer) if answer else None
+
+
+def download(run_dir: str, *path: str) -> Iterator[bytes]:
+    """What the API answers to GET on /v1/ and the parts of a path, in pieces as they come. Raises as `request` does."""
+    with _asked(run_dir, "GET", path, None, None) as response:
+        while piece := response.read1(_PIECE):
+            yield piece
+        # read1 says nothing of an answer that was cut short.
+        if response.chunked and not response.isclosed():
+            raise http.client.IncompleteRead(b"")
+
+
+@contextmanager
+def _asked(
+    run_dir: str, method: str, path: tuple[str, ...], query: dict[str, str] | None, body: str | bytes | None
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer, if it is a good one; whatever goes wrong while it is read is a SteerdError as well."""
     where = socket_path(run_dir)
     url = "/v1/" + "/".join(quote(part, safe="") for part in path)
     if query:
         url += f"?{urlencode(query)}"
     connection = _UnixConnection(where)
     try:
-        connection.request(method, url, None if body is None else json.dumps(body))
+        connection.request(method, url, body)
         response = connection.getresponse()
-        content = response.read()
-        answer: Any = json.loads(content) if content else None
         if response.status >= 300:
-            raise SteerdError(answer["message"])
+            raise SteerdError(json.loads(response.read())["message"])
+        yield response
     except PermissionError:
         raise SteerdError(f"{where} may not be used by you; be root, or in the group steerd.") from None
     except (FileNotFoundError, ConnectionRefusedError):
@@ -55,4 +79,3 @@ def request(run_dir: str, method: str, *path: str, query: dict[str, str] | None 
         raise SteerdError(f"{where} gave no answer that can be understood: {error}") from error
     finally:
         connection.close()
-    return answer

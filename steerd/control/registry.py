@@ -13,6 +13,10 @@ once. If that transaction shows another plan, it is taken up first: plan and rou
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lmdb
 import msgspec
 
@@ -52,6 +56,21 @@ class Registry:
 
     def close(self) -> None:
         self._store.close()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever changes something in several steps."""
+        return self._store.lock
+
+    def ids(self, txn: lmdb.Transaction[bytes]) -> IdGiver:
+        """Gives target ids inside a transaction, as the configuration in force allows."""
+        return self._store.ids(txn, self.routes.force.config.gateway.mark.highest_id)
+
+    @contextmanager
+    def reading(self) -> Iterator[lmdb.Transaction[bytes]]:
+        """Everything as it is at one moment."""
+        with self._store.env.begin() as txn:
+            yield txn
 
     def reader(self) -> Reader:
         """What a worker sees, for this process."""

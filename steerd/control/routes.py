@@ -388,7 +388,7 @@ class RouteTable:
             key = b"" if known is None else table_key(known.number | DYNAMIC, known.shape, route)
             value = txn.get(key, db=self._dynamic) if key else None
             if value is None:
-                self._refuse_static(txn, force, found, route)
+                self._refuse_static(txn, force, found, shape_of(route), route)
                 raise RequestError("not_found", "when", f"The service {service} has no such route.")
             entry = _Entry.unpack(value)
             if entry.flags & LEASE:
@@ -399,23 +399,19 @@ class RouteTable:
 
     def check(self, service: str, when: Mapping[str, object], target: object, source: str | None) -> Route:
         """The route of a request, checked by itself. Raises RequestError."""
-        with self._checker(service) as checker:
-            return checker.check(when, target, source)
+        with self._store.lock:
+            try:
+                return self.of(service)[0].checkers[service].check(when, target, source)
+            except ConfigError as error:
+                raise _not_right(error) from error
 
     def check_match(self, service: str, when: Mapping[str, object], source: str | None) -> Route:
         """What the route of a request matches, without targets. Raises RequestError."""
-        with self._checker(service) as checker:
-            return checker.check_match(when, source)
-
-    @contextmanager
-    def _checker(self, service: str) -> Iterator[RouteChecker]:
         with self._store.lock:
-            force, _ = self.of(service)
             try:
-                yield force.checkers[service]
+                return self.of(service)[0].checkers[service].check_match(when, source)
             except ConfigError as error:
-                problem = error.problems[0]
-                raise RequestError("invalid", problem.key or None, problem.message) from error
+                raise _not_right(error) from error
 
     def write(
         self, txn: lmdb.Transaction[bytes], ids: IdGiver, service: str, route: Route, lease: str | None = None
@@ -426,7 +422,7 @@ class RouteTable:
         """
         force, found = self.of(service)
         shape = shape_of(route)
-        self._refuse_static(txn, force, found, route)
+        self._refuse_static(txn, force, found, shape, route)
         number = self._number(service, shape)
         known = self._known[service][shape]
         key = table_key(number | DYNAMIC, shape, route)
@@ -553,8 +549,9 @@ class RouteTable:
 
     # ---- conflicts ----
 
-    def _refuse_static(self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, route: Route) -> None:
-        shape = shape_of(route)
+    def _refuse_static(
+        self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, shape: Shape, route: Route
+    ) -> None:
         if shape not in force.static[service.name]:
             return
         value = txn.get(table_key(self._known[service.name][shape].number, shape, route), db=self._static)
@@ -688,6 +685,11 @@ class RouteTable:
             usable=True,
             place=route.name,
         )
+
+
+def _not_right(error: ConfigError) -> RequestError:
+    problem = error.problems[0]
+    return RequestError("invalid", problem.key or None, problem.message)
 
 
 def _see(view: _View, route: Route, shape: Shape) -> None:

@@ -87,10 +87,14 @@ class Conntrack:
             wanted = {address for address in addresses if len(address) == _WIDTHS[version]}
             if not wanted:
                 continue
-            # The kernel (since 5.8) sorts out the entries of one address by itself; of many, we do.
-            about = _answered_by(next(iter(wanted)), version) if len(wanted) == 1 else b""
+            # Of one IPv4 address the kernel (since 5.8) sorts out the entries by itself. Of IPv6 addresses it sorts out
+            # the others (seen on 6.18): ctnetlink_filter_match_tuple has the comparison the wrong way round.
+            only = next(iter(wanted)) if len(wanted) == 1 else b""
+            about = _answered_by(only, version) if only and version == 4 else b""
             found = []
             for body in self._netlink.dump(kind | _GET, family, about, asked):
+                if only not in body:  # at a glance
+                    continue
                 fields = attributes(body)
                 if attributes(attributes(fields[_TUPLE_REPLY])[_TUPLE_IP])[_IP_SRC[version]] in wanted:
                     found.append(b"".join(attribute(name, fields[name]) for name in _IDENTITY if name in fields))

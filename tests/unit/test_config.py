@@ -828,7 +828,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         service(""),
-        "services.web: Can never steer anything: it has no routes, no default, no extension_pool, no sessions.",
+        "services.web: Can never steer anything: it has no inspect, no routes, no default, no extension_pool.",
     ),
     (
         service(DEFAULT + "inspect = ['htp']"),
