@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup setup-programs test-long demo test lint unit netns test-vm bench clean
+.PHONY: help setup setup-programs setup-bench test-long demo test lint unit netns test-vm bench clean
 
 help:
 	@echo "make demo             70,000 daemons and 2,000 names behind one address, each reached and checked (namespaces, root)"
@@ -25,6 +25,9 @@ setup:
 
 setup-programs:
 	@tests/setup.sh programs
+
+setup-bench:
+	@tests/setup.sh bench
 
 demo: setup
 	@$(AS_ROOT) $(PYTHON) -m tests.demo
@@ -49,7 +52,7 @@ test-long: setup-programs
 test-vm: setup
 	$(AS_ROOT) $(if $(KERNEL),KERNEL=$(KERNEL)) tests/vm/pytest
 
-bench: setup
+bench: setup-bench
 	@$(AS_ROOT) $(PYTHON) -m tests.bench $(ONLY)
 
 clean:

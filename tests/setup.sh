@@ -1,6 +1,6 @@
 #!/bin/bash
-# Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo` and `make bench`, and with the argument `programs` for
-# the tests with real servers too: what is missing of the packages below through apt (with sudo if need be; no service is
+# Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo`, with the argument `programs` for the tests with real
+# servers too, and with `bench` for the systems that `make bench` compares with: what is missing of the packages below through apt (with sudo if need be; no service is
 # started or enabled), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing.
 # Packages and .venv stay.
 set -euo pipefail
@@ -15,6 +15,10 @@ packages=(
 if [ "${1:-}" = programs ]; then
 	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client haproxy)
 	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool)
+fi
+
+if [ "${1:-}" = bench ]; then
+	packages+=(haproxy nginx libnginx-mod-stream)
 fi
 
 as_root() {

@@ -34,7 +34,8 @@ def main(names: list[str]) -> int:
     if os.geteuid():
         print("bench: root is needed, for network namespaces: make bench asks for it by itself", file=sys.stderr)
         return 2
-    console = Console()
+    # A pipe has no width, and tables would be cut to 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for name in names or scenarios():
         console.rule(f"bench {name}")
         result = importlib.import_module(f"tests.bench.bench_{name}").run(console)

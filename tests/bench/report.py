@@ -50,9 +50,13 @@ def rate_ratio(measured: Rounds, ours: str, theirs: str) -> Spread:
     return paired((r.rate for r in measured[ours]), (r.rate for r in measured[theirs]))
 
 
-def cpu_ratio(measured: Rounds, ours: str, theirs: str) -> Spread:
-    """Connections for each second of CPU time of client, server and system, which holds on a busy machine too."""
-    return paired((r.cpu_us["all"] for r in measured[theirs]), (r.cpu_us["all"] for r in measured[ours]))
+def cpu_ratio(measured: Rounds, ours: str, theirs: str, *, without: str = "") -> Spread:
+    """Connections for each second of CPU time of client, server and system, which holds on a busy machine too.
+    `without`: a part of ours that is not to count."""
+    return paired(
+        (r.cpu_us["all"] for r in measured[theirs]),
+        (r.cpu_us["all"] - (r.cpu_us[without] if without else 0) for r in measured[ours]),
+    )
 
 
 def result(scenario: str, ratios: Mapping[str, Spread], found: Mapping[str, Any]) -> Result:
