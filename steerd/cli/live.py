@@ -11,7 +11,7 @@ from typing import NamedTuple
 from steerd.config import PORT_EXTENSION, Config, Service, Unextended
 from steerd.errors import Problem, SteerdError
 from steerd.kernel import host, listeners
-from steerd.model import Endpoint, IPAddress
+from steerd.model import TCP, UDP, Endpoint, IPAddress
 
 _WILDCARDS = {4: bytes(4), 6: bytes(16)}
 
@@ -92,8 +92,9 @@ def _deadly_rules(tables: list[host.Table]) -> Iterator[Problem]:
 
 
 class _Use(NamedTuple):
-    """Ports of one address family that targets use, and where that is written."""
+    """Ports of one protocol and address family that targets use, and where that is written."""
 
+    protocol: int
     version: int
     first: int
     last: int
@@ -112,31 +113,41 @@ def _uses(config: Config, service: Service) -> Iterator[_Use]:
     for key, target in targets:
         address = target.address
         external = None if any(address in pool for pool in config.pools.values()) else address
-        for first, last in _ports(service, address.version, target.port):
-            yield _Use(address.version, first, last, key, target in meant, external)
+        for protocol, first, last in _ports(service, address.version, target.port):
+            yield _Use(protocol, address.version, first, last, key, target in meant, external)
     arithmetic = service.extension_pool
     if arithmetic is not None:
         for version in (4, 6):
             if arithmetic.pool.alias_count(version):
-                for first, last in _ports(service, version, arithmetic.port):
+                for protocol, first, last in _ports(service, version, arithmetic.port):
                     key = f"{path}.extension_pool"
-                    yield _Use(version, first, last, key, arithmetic.wildcard, None)
+                    yield _Use(protocol, version, first, last, key, arithmetic.wildcard, None)
 
 
-def _ports(service: Service, version: int, port: int) -> list[tuple[int, int]]:
-    """A target's port, or for `same` all ports on which its clients may come."""
+def _ports(service: Service, version: int, port: int) -> list[tuple[int, int, int]]:
+    """Protocol, first and last port: a target's port, or for `same` all ports on which its clients may come."""
+    mine = [endpoint for endpoint in service.endpoints if endpoint.address.version == version]
     if port:
-        return [(port, port)]
-    return [(e.first_port, e.last_port) for e in service.endpoints if e.address.version == version]
+        return [(protocol, port, port) for protocol in sorted({endpoint.protocol for endpoint in mine})]
+    return [(e.protocol, e.first_port, e.last_port) for e in mine]
 
 
 def _wildcard_listeners(config: Config) -> Iterator[Problem]:
-    bound = listeners.wildcard_ports()
+    for protocol in _protocols(config):
+        yield from _wildcard_listeners_of(config, protocol)
+
+
+def _protocols(config: Config) -> list[int]:
+    return sorted({protocol for service in config.services for protocol in service.protocols})
+
+
+def _wildcard_listeners_of(config: Config, protocol: int) -> Iterator[Problem]:
+    bound = listeners.wildcard_ports(protocol)
     hits = [
         (use, (version, port))
         for service in config.services
         for use in _uses(config, service)
-        if not use.wildcard
+        if not use.wildcard and use.protocol == protocol
         for version, port in bound
         if version == use.version and use.first <= port <= use.last
     ]
@@ -147,47 +158,75 @@ def _wildcard_listeners(config: Config) -> Iterator[Problem]:
     for use, listener in hits:
         if use.external not in elsewhere:
             affected.setdefault(listener, use.key)
-    names = host.processes_listening({(wildcard, port) for _, port in affected for wildcard in _WILDCARDS.values()})
+    wanted = {(wildcard, port) for _, port in affected for wildcard in _WILDCARDS.values()}
+    names = host.processes_listening(wanted, protocol)
     for (version, port), key in sorted(affected.items()):
         name = _wildcard_name(names, version, port)
         yield Problem(
             key,
-            f"Port {port} of the wildcard address ({'0.0.0.0' if version == 4 else '::'}) is taken by {name}, and a"
-            " target uses this port: its daemon cannot bind the alias meanwhile, and steerd resets what the other"
+            f"{'Port' if protocol == TCP else 'UDP port'} {port} of the wildcard address"
+            f" ({'0.0.0.0' if version == 4 else '::'}) is taken by {name}, and a target uses this port: its daemon"
+            f" cannot bind the alias meanwhile, and steerd {'resets' if protocol == TCP else 'refuses'} what the other"
             " socket would answer in its place; bind that one to addresses of its own, or say wildcard = true if it is"
             " meant to answer.",
         )
 
 
 def _own_listeners(config: Config) -> Iterator[Problem]:
-    wildcard = listeners.wildcard_ports()
-    specific = listeners.all_listeners()
-    for service in config.services:
-        if service.unextended is Unextended.PASS:
-            continue
-        meant = [use for use in _uses(config, service) if use.wildcard]
-        for key, endpoint in _numbered(service):
-            if endpoint.first_port == endpoint.last_port:
-                continue
-            version, packed = endpoint.address.version, endpoint.address.packed
-            ports = {port for address, port in specific if address == packed}
-            ports |= {
-                port
-                for family, port in wildcard
-                if family == version and not any(u.version == version and u.first <= port <= u.last for u in meant)
-            }
-            ports = {port for port in ports if endpoint.first_port <= port <= endpoint.last_port}
-            names = host.processes_listening(
-                {(address, port) for port in ports for address in (packed, *_WILDCARDS.values())}
+    """Sockets of the gateway's own that nothing reaches any more. On a single TCP port that is what was asked for; of
+    UDP, flows that such a socket has answered go on, and others do not."""
+    for protocol in _protocols(config):
+        wildcard = listeners.wildcard_ports(protocol)
+        specific = listeners.all_listeners(protocol)
+        for service in config.services:
+            for key, endpoint in _numbered(service):
+                is_single = endpoint.first_port == endpoint.last_port
+                if service.unextended is Unextended.PASS or endpoint.protocol != protocol:
+                    continue
+                if protocol == UDP or not is_single:
+                    ports = _own_ports(config, service, endpoint, specific, wildcard)
+                    yield from _steered_away(key, service, endpoint, ports)
+
+
+def _own_ports(
+    config: Config,
+    service: Service,
+    endpoint: Endpoint,
+    specific: set[tuple[bytes, int]],
+    wildcard: set[tuple[int, int]],
+) -> set[int]:
+    """Ports of a range of ports on which a socket of the gateway's own listens."""
+    version = endpoint.address.version
+    meant = [
+        u for u in _uses(config, service) if u.wildcard and (u.protocol, u.version) == (endpoint.protocol, version)
+    ]
+    ports = {port for address, port in specific if address == endpoint.address.packed}
+    ports |= {
+        port for family, port in wildcard if family == version and not any(u.first <= port <= u.last for u in meant)
+    }
+    return {port for port in ports if endpoint.first_port <= port <= endpoint.last_port}
+
+
+def _steered_away(key: str, service: Service, endpoint: Endpoint, ports: set[int]) -> Iterator[Problem]:
+    version, packed, protocol = endpoint.address.version, endpoint.address.packed, endpoint.protocol
+    wanted = {(address, port) for port in ports for address in (packed, *_WILDCARDS.values())}
+    names = host.processes_listening(wanted, protocol)
+    what = "connections" if protocol == TCP else "datagrams"
+    passing = ', or set unextended = "pass"' if PORT_EXTENSION in service.inspect else ""
+    for port in sorted(ports):
+        name = names.get((packed, port)) or _wildcard_name(names, version, port)
+        if endpoint.first_port == endpoint.last_port:
+            yield Problem(
+                key,
+                f"On {endpoint}, {name} listens: {what} to it are steered away and never get there; end it, or bind it"
+                f" to another address{passing}.",
             )
-            for port in sorted(ports):
-                name = names.get((packed, port)) or _wildcard_name(names, version, port)
-                passing = ', or set unextended = "pass"' if PORT_EXTENSION in service.inspect else ""
-                yield Problem(
-                    key,
-                    f"The range {endpoint} covers port {port}, on which {name} listens: connections to it are steered"
-                    f" away and never get there; leave port {port} out of the range{passing}.",
-                )
+        else:
+            yield Problem(
+                key,
+                f"The range {endpoint} covers port {port}, on which {name} listens: {what} to it are steered"
+                f" away and never get there; leave port {port} out of the range{passing}.",
+            )
 
 
 def _wildcard_name(names: dict[tuple[bytes, int], str], version: int, port: int) -> str:

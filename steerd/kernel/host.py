@@ -31,13 +31,13 @@ from steerd.core.marks import MARK_BITS
 from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE
 from steerd.kernel.ruleset import FALLBACK_CHAIN, FALLBACK_TABLES
-from steerd.model import IPAddress
+from steerd.model import PROTOCOL_NAMES, TCP, UDP, IPAddress
 
 ALL_BITS = (1 << MARK_BITS) - 1
 
 _CAP_NET_ADMIN = 12
 _RTN_LOCAL = 2
-_LISTEN = "0A"
+_LISTENING = {TCP: "0A", UDP: "07"}
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _SAVE_TOOLS = {"ip": "iptables-nft-save", "ip6": "ip6tables-nft-save"}
 _PACKAGES = {"nft": "nftables"}
@@ -451,12 +451,12 @@ def _iptables_verdicts(options: list[str]) -> Iterator[_Verdict]:
 # --- Who listens -----------------------------------------------------------------------------------------------------
 
 
-def processes_listening(wanted: set[tuple[bytes, int]]) -> dict[tuple[bytes, int], str]:
-    """Who holds the listening TCP sockets of these (packed address, port): `sshd (process 812)`.
+def processes_listening(wanted: set[tuple[bytes, int]], protocol: int = TCP) -> dict[tuple[bytes, int], str]:
+    """Who holds the listening TCP, or the unconnected UDP, sockets of these (packed address, port): `sshd (process 8)`.
 
     One look through /proc for all of them. A socket without a process that can be seen is missing in the answer.
     """
-    sockets = _inodes(wanted)
+    sockets = _inodes(wanted, protocol)
     found: dict[tuple[bytes, int], str] = {}
     for process in Path("/proc").glob("[0-9]*") if sockets else ():
         # Processes end while they are looked at, and take their files with them.
@@ -469,14 +469,15 @@ def processes_listening(wanted: set[tuple[bytes, int]]) -> dict[tuple[bytes, int
     return found
 
 
-def _inodes(wanted: set[tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
-    """Listening sockets as /proc/PID/fd names them. Columns: Documentation/networking/proc_net_tcp.rst."""
+def _inodes(wanted: set[tuple[bytes, int]], protocol: int) -> dict[str, tuple[bytes, int]]:
+    """Listening sockets as /proc/PID/fd names them. Columns: Documentation/networking/proc_net_tcp.rst; UDP's are the
+    same (net/ipv4/udp.c, udp4_format_sock)."""
     found = {}
-    for name in ("tcp", "tcp6"):
+    for name in (PROTOCOL_NAMES[protocol], f"{PROTOCOL_NAMES[protocol]}6"):
         path = Path("/proc/thread-self/net") / name
         for line in path.read_text().splitlines()[1:] if path.exists() else ():
             fields = line.split()
-            if fields[3] != _LISTEN:
+            if fields[3] != _LISTENING[protocol]:
                 continue
             listener = parse_proc_address(fields[1])
             if listener in wanted:

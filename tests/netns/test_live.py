@@ -87,14 +87,18 @@ def machine(new_host: Callable[[str], Host], tmp_path: Path) -> Machine:
 
 
 @pytest.fixture
-def listen(machine: Machine) -> Iterator[Callable[[str, int], None]]:
+def listen(machine: Machine) -> Iterator[Callable[..., None]]:
     """Opens listening sockets on the host, in this process, until the test ends."""
     sockets = []
 
-    def open_socket(address: str, port: int) -> None:
+    def open_socket(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with machine.host.entered():
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            sockets.append(socket.create_server((address, port), family=family))
+            if kind == socket.SOCK_STREAM:
+                sockets.append(socket.create_server((address, port), family=family))
+            else:
+                sockets.append(socket.socket(family, kind))
+                sockets[-1].bind((address, port))
 
     yield open_socket
     for each in sockets:
@@ -264,6 +268,72 @@ def test_a_range_over_a_wildcard_listener(machine: Machine, listen: Callable[[st
     assert machine.only_finding().startswith("services.web.endpoints[1]: The range 203.0.113.10:8000-8999/tcp covers")
     machine.config.write_text(CONFIG.replace('"10.64.0.2:same"', '{ address = "10.64.0.2:same", wildcard = true }'))
     assert machine.findings() == []
+
+
+DATAGRAMS = """
+[pools.names]
+prefixes = ["10.64.0.0/24", "fd00:64::/120"]
+[services.names]
+endpoints = ["203.0.113.10:53/udp", "[2001:db8::10]:53/udp", "203.0.113.10:53/tcp"]
+inspect = ["dns"]
+routes = [
+    { when.dns.qname = "*.a.example", target = ["10.64.0.1:5300", "[fd00:64::1]:5300"] },
+    { when.dns.qname = "*.b.example", target = { address = "10.64.0.2:5301", wildcard = true } },
+]
+[services.voice]
+endpoints = ["203.0.113.10:6000-6999/udp"]
+inspect = ["port-extension"]
+unextended = "unmatched"
+extension_pool = { pool = "names", by = "extension", port = 700 }
+"""
+
+
+def test_a_wildcard_socket_of_datagrams_on_a_targets_port(machine: Machine, listen: Callable[..., None]) -> None:
+    machine.config.write_text(DATAGRAMS)
+    assert machine.findings() == []
+    listen("0.0.0.0", 5301, socket.SOCK_DGRAM)  # its target says wildcard = true
+    listen("0.0.0.0", 700)  # TCP, and the service has no endpoint of that
+    assert machine.findings() == []
+    listen("0.0.0.0", 700, socket.SOCK_DGRAM)
+    finding = machine.only_finding()
+    assert re.match(
+        r"services\.voice\.extension_pool: UDP port 700 of the wildcard address \(0\.0\.0\.0\) is taken by \S+"
+        r" \(process \d+\), and a target uses this port: its daemon cannot bind the alias meanwhile, and steerd"
+        r" refuses what the other socket would answer in its place",
+        finding,
+    )
+    listen("::", 5300, socket.SOCK_DGRAM)
+    assert any(
+        line.startswith("services.names.routes[0].target: UDP port 5300 of the wildcard address (::) is taken by ")
+        for line in machine.findings()
+    )
+
+
+@pytest.mark.parametrize("address", ["203.0.113.10", "0.0.0.0"])
+def test_a_socket_of_the_gateways_own_on_an_endpoint_of_datagrams(
+    machine: Machine, listen: Callable[..., None], address: str
+) -> None:
+    machine.config.write_text(DATAGRAMS)
+    listen(address, 53)  # a single TCP port was meant
+    assert machine.findings() == []
+    listen(address, 53, socket.SOCK_DGRAM)
+    finding = machine.only_finding()
+    assert re.match(
+        r"services\.names\.endpoints\[0\]: On 203\.0\.113\.10:53/udp, \S+ \(process \d+\) listens: datagrams to it are"
+        r" steered away and never get there; end it, or bind it to another address\.",
+        finding,
+    )
+    listen(address, 6022, socket.SOCK_DGRAM)
+    one, other = sorted(machine.findings())
+    assert one == finding
+    assert re.match(
+        r"services\.voice\.endpoints\[0\]: The range 203\.0\.113\.10:6000-6999/udp covers port 6022, on which \S+"
+        r" \(process \d+\) listens: datagrams to it are steered away and never get there; leave port 6022 out of the"
+        r' range, or set unextended = "pass"\.',
+        other,
+    )
+    machine.config.write_text(DATAGRAMS.replace('unextended = "unmatched"', 'unextended = "pass"'))
+    assert machine.only_finding() == finding
 
 
 def test_steerds_own_table_and_chain_are_no_findings(machine: Machine) -> None:
