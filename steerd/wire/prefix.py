@@ -39,12 +39,14 @@ def prefix_parser(patterns: Collection[str]) -> Inspect:
 
 def datagram_prefix_parser(patterns: Collection[str]) -> InspectDatagrams:
     """The same for the first datagram of a flow."""
-    by_length = _longest_first(patterns)
+    known = set(map(_as_bytes, patterns))
+    # One look for each length, however many patterns there are.
+    lengths = sorted(set(map(len, known)), reverse=True)
 
     def read(datagram: bytes) -> Keys | None:
-        for pattern in by_length:
-            if datagram.startswith(pattern):
-                return {"prefix": pattern.decode("latin-1")}
+        for length in lengths:
+            if datagram[:length] in known:
+                return {"prefix": datagram[:length].decode("latin-1")}
         return None
 
     return first(read)
