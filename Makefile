@@ -12,7 +12,7 @@ AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovi
 .PHONY: help setup setup-programs setup-bench test-long demo test lint unit netns test-vm bench clean
 
 help:
-	@echo "make demo             70,000 daemons and 2,000 names behind one address, each reached and checked (namespaces, root)"
+	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
 	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
 	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"

@@ -5,11 +5,14 @@
       4 client programs                steerd             70,000 listening sockets, each on an alias of its own
       4 curls                                             203.0.113.11 (the second act's, on lo)
                                                           2,000 web servers, each on an alias of its own
+      1 QUIC client, 1 resolver                           200 HTTP/3 servers and 1,000 name servers, likewise
 
 The first act steers early, by the port extension of the SYN. The second steers late, by what ordinary clients say
-first: 1,000 TLS names and 1,000 HTTP hosts on one address and port, each asked for by curl.
+first: 1,000 TLS names and 1,000 HTTP hosts on one address and port, each asked for by curl. The third steers datagrams
+on that address: 200 QUIC names, each a whole handshake (both of its ends are Python, and decide how long it takes), and
+1,000 DNS names, all asked for from one socket.
 
-Each act prints one line with its figures when both are over, the first act the very last. All of it in two network
+Each act prints one line with its figures when all are over, the first act the very last. All of it in two network
 namespaces, which are removed at the end, also when interrupted. Needs root.
 """
 
@@ -52,6 +55,8 @@ NAMES = 1_000
 """... of TLS and as many of HTTP."""
 CURLS = 2
 """... for each of the two."""
+QUIC_NAMES = 200
+DNS_NAMES = 1_000
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -83,8 +88,8 @@ unextended = "unmatched"
 extension_pool = {{{{ pool = "tenants", by = "extended-port", first = {FIRST_EXTENDED}, port = {ALIAS_PORT} }}}}
 
 [pools.sites]
-prefixes = ["10.66.0.0/21"]
-size = {2 * NAMES}
+prefixes = ["10.66.0.0/20"]
+size = {2 * NAMES + QUIC_NAMES + DNS_NAMES}
 
 [services.sites]
 endpoints = ["{SITES_ENDPOINT}:{SITES_PORT}/tcp"]
@@ -92,17 +97,32 @@ inspect = ["tls", "http"]
 routes = [
 {{routes}}
 ]
+
+[services.quic]
+endpoints = ["{SITES_ENDPOINT}:443/udp"]
+inspect = ["quic"]
+routes = [
+{{quic}}
+]
+
+[services.names]
+endpoints = ["{SITES_ENDPOINT}:53/udp"]
+inspect = ["dns"]
+routes = [
+{{dns}}
+]
 """
 
 
 class Kind(NamedTuple):
-    """One half of the second act: site n is asked for by the name n, and its daemon is on the n-th alias."""
+    """One half of the second or third act: site n is asked for by the name n, and its daemon is on the n-th alias."""
 
     scheme: str
     key: str
     domain: str
     first_alias: str
     alias_port: int
+    size: int = NAMES
 
     def name(self, number: int) -> str:
         return f"site{number:04}.{self.domain}"
@@ -118,7 +138,7 @@ class Kind(NamedTuple):
     def routes(self) -> str:
         return "\n".join(
             f'{{ when = {{ "{self.key}" = "{self.name(n)}" }}, target = "{self.alias(n)}:{self.alias_port}" }},'
-            for n in range(NAMES)
+            for n in range(self.size)
         )
 
 
@@ -126,6 +146,8 @@ KINDS = (
     Kind("https", "tls.sni", "tls.example", "10.66.0.0", 8443),
     Kind("http", "http.host", "http.example", "10.66.3.232", 8080),
 )
+QUIC = Kind("https", "quic.sni", "quic.example", "10.66.7.208", 8443, QUIC_NAMES)
+DNS = Kind("dns", "dns.qname", "dns.example", "10.66.8.152", 5353, DNS_NAMES)
 
 
 class Demo:
@@ -176,7 +198,12 @@ class Demo:
         """The daemon's process and its first log events by name, once all workers are bound."""
         config = Path(self.directory.name) / "steerd.toml"
         config.write_text(
-            CONFIG.format(directory=self.directory.name, routes="\n".join(kind.routes() for kind in KINDS))
+            CONFIG.format(
+                directory=self.directory.name,
+                routes="\n".join(kind.routes() for kind in KINDS),
+                quic=QUIC.routes(),
+                dns=DNS.routes(),
+            )
         )
         with self.log.open("w") as log:
             process = self.spawn(gateway, sys.executable, "-m", "steerd.cli.main", "run", str(config), stderr=log)
@@ -230,7 +257,7 @@ class Demo:
         """The second act's web servers, and a certificate for all names; returns once all of them listen."""
         sh(
             f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=demo"
-            f" -addext 'subjectAltName=DNS:*.{KINDS[0].domain}' -keyout {self.certificate}.key"
+            f" -addext 'subjectAltName=DNS:*.{KINDS[0].domain},DNS:*.{QUIC.domain}' -keyout {self.certificate}.key"
             f" -out {self.certificate} 2>&1; cat {self.certificate}.key >> {self.certificate}"
         )
         processes = [
@@ -274,6 +301,51 @@ class Demo:
                 elif body:
                     wrong += 1
                     print(f"{url}: expected {expected[url]!r}, got {body!r}", file=sys.stderr)
+        return len(right), wrong, time.monotonic() - started
+
+    def start_datagram_sites(self, gateway: Host) -> None:
+        """The third act's daemons; returns once all of them are bound."""
+        processes = [
+            self.spawn(
+                gateway, sys.executable, "-m", "tests.demo.quic", "daemons", str(self.certificate),
+                QUIC.first_alias, str(QUIC.size), str(QUIC.alias_port),
+            ),
+            self.spawn(
+                gateway, sys.executable, "-m", "tests.demo.dns", "daemons",
+                DNS.first_alias, str(DNS.size), str(DNS.alias_port),
+            ),
+        ]  # fmt: skip
+        _await_listening(processes, QUIC.size + DNS.size)
+
+    def ask_all(self, client: Host) -> tuple[int, int, float]:
+        """Ask for every name by datagrams; returns as `visit_all`."""
+        started = time.monotonic()
+        expected = {
+            QUIC.name(n): f"{QUIC.alias(n)} {QUIC.alias_port} {CLIENT} {QUIC.name(n)}" for n in range(QUIC.size)
+        }
+        expected |= {DNS.name(n): DNS.alias(n) for n in range(DNS.size)}
+        clients = [
+            self.spawn(
+                client, sys.executable, "-m", "tests.demo.quic", "client", str(self.certificate),
+                SITES_ENDPOINT, "443", *map(QUIC.name, range(QUIC.size)),
+            ),
+            self.spawn(
+                client, sys.executable, "-m", "tests.demo.dns", "client",
+                SITES_ENDPOINT, "53", *map(DNS.name, range(DNS.size)),
+            ),
+        ]  # fmt: skip
+        right: set[str] = set()
+        wrong = 0
+        with self.progress() as progress:
+            task = progress.add_task("names asked for by datagram", total=len(expected))
+            for _, line in _lines(clients):
+                name, _, said = line.rstrip("\n").partition(" ")
+                if said == expected[name]:
+                    right.add(name)
+                    progress.update(task, completed=len(right))
+                else:
+                    wrong += 1
+                    print(f"{name}: expected {expected[name]!r}, got {said!r}", file=sys.stderr)
         return len(right), wrong, time.monotonic() - started
 
     def progress(self) -> Progress:
@@ -340,6 +412,9 @@ def run(console: Console) -> bool:
         demo.start_sites(gateway)
         console.print(f"curl asks {SITES_ENDPOINT}:{SITES_PORT} for {NAMES:,} names in TLS and {NAMES:,} in HTTP ...")
         named, misnamed, visit_seconds = demo.visit_all(client)
+        demo.start_datagram_sites(gateway)
+        console.print(f"{QUIC.size:,} QUIC names and {DNS.size:,} DNS names are asked for at {SITES_ENDPOINT} ...")
+        asked, misled, ask_seconds = demo.ask_all(client)
         memory = _memory(steerd)
     finally:
         demo.close()
@@ -355,11 +430,16 @@ def run(console: Console) -> bool:
     table.add_row("names on one address and port", f"{len(KINDS) * NAMES:,} (half TLS, half HTTP)")
     table.add_row("answered by their own daemon", f"{named:,}")
     table.add_row("... by another", f"{misnamed:,}")
+    table.add_row("names asked for by datagram", f"{QUIC.size:,} QUIC, {DNS.size:,} DNS (from one socket)")
+    table.add_row("answered by their own daemon", f"{asked:,}")
+    table.add_row("... by another", f"{misled:,}")
     table.add_row("memory of the agent", f"{memory / 1e6:,.0f} MB (main process and two workers)")
     console.print(table)
+    print(f"demo: datagrams={asked} wrong={misled} seconds={ask_seconds:.1f}")
     print(f"demo: names={named} wrong={misnamed} seconds={visit_seconds:.1f}")
     print(f"demo: reached={reached} wrong={wrong} seconds={seconds:.1f}", flush=True)
-    return (reached, wrong, named, misnamed) == (DAEMONS, 0, len(KINDS) * NAMES, 0)
+    right = (reached, named, asked) == (DAEMONS, len(KINDS) * NAMES, QUIC.size + DNS.size)
+    return right and not wrong + misnamed + misled
 
 
 @contextlib.contextmanager
