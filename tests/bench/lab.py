@@ -55,6 +55,7 @@ PARTS = 2
 # The last FINs have passed, and what they leave behind can be thrown away.
 SETTLE_SECONDS = 0.2
 START_SECONDS = 30
+PACKETS_MILLISECONDS = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 STEERD = """\
@@ -74,9 +75,10 @@ total_burst = 1000000
 [pools.tenants]
 prefixes = ["10.64.0.0/21", "fd00:64::/117"]
 size = {size}
-
-[services.everything]
-endpoints = ["{endpoint4}:{port}/tcp", "[{endpoint6}]:{port}/tcp"]
+"""
+SERVICE = """
+[services.{name}]
+endpoints = ["{endpoint4}:{port}/{protocol}", "[{endpoint6}]:{port}/{protocol}"]
 """
 
 
@@ -124,6 +126,7 @@ class Way(NamedTuple):
     option_at: int = 0
     request: bytes = b""
     request_at: int = 0
+    records: str = ""
 
 
 class Named(Protocol):
@@ -145,6 +148,24 @@ class Round(NamedTuple):
     """How many cores the clients took, with what the kernel did in their name, such as handing on their packets."""
 
 
+class Packets(NamedTuple):
+    """Datagrams of established flows, there and back."""
+
+    rate: float
+    """... a second, both ways counted."""
+    lost: int
+    cpu_us: float
+    """CPU time of client and server for each, with what the kernel did in their name."""
+
+
+class Programs(NamedTuple):
+    """Which C programs are the client that opens, the one that uses what is open, and the server."""
+
+    load: str = "load"
+    stream: str = "stream"
+    server: str = "server"
+
+
 class Exchange(NamedTuple):
     """Requests and responses on established connections."""
 
@@ -160,16 +181,14 @@ _R = TypeVar("_R")
 class Lab:
     """The hosts and programs of one run; closed by the stack it is given."""
 
-    def __init__(self, stack: ExitStack, runs: Sequence[Run]) -> None:
+    def __init__(self, stack: ExitStack, runs: Sequence[Run], programs: Programs = Programs()) -> None:  # noqa: B008
         """`runs`: the daemons on every gateway, from alias 0 on without a gap."""
         self._stack = stack
+        self._who = programs
         self.runs = runs
         self.size = sum(run.size for run in runs)
         self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steerd-bench-")))
-        self._programs = {
-            name: compile_c(Path(__file__).with_name(f"{name}.c"), self.directory)
-            for name in ("load", "stream", "server")
-        }
+        self._programs = {name: compile_c(Path(__file__).with_name(f"{name}.c"), self.directory) for name in programs}
         self.gateways: list[Gateway] = []
         self.void: dict[str, int] = {}
         self._tuple = 0
@@ -233,24 +252,30 @@ class Lab:
             for first in FIRST_ALIAS.values():
                 arguments += [run.what, str(run.request), str(ipaddress.ip_address(first) + begin), str(end - begin)]
                 listening += end - begin
-        process = self.spawn(gateway.host, str(self._programs["server"]), str(ALIAS_PORT), *arguments)
+        process = self.spawn(gateway.host, str(self._programs[self._who.server]), str(ALIAS_PORT), *arguments)
         if _line(process) != f"listening {listening}":
             raise SystemExit("bench: a server did not start")
         return process
 
     # ---- systems under test ----
-    def steerd(self, gateway: Gateway, service: str) -> None:
-        """steerd on a gateway; `service`: the rest of its service's configuration, in TOML."""
+    def service(self, gateway: Gateway, name: str, port: int, protocol: str) -> str:
+        """The beginning of a service of steerd's, in TOML."""
+        return SERVICE.format(
+            name=name, endpoint4=gateway.endpoint[4], endpoint6=gateway.endpoint[6], port=port, protocol=protocol
+        )
+
+    def steerd(self, gateway: Gateway, service: str, head: str | None = None) -> None:
+        """steerd on a gateway; `service`: the rest of its service's configuration, in TOML, behind `head`, or behind a
+        TCP endpoint."""
+        head = self.service(gateway, "everything", ENDPOINT_PORT, "tcp") if head is None else head
         config, log = gateway.directory / "steerd.toml", gateway.directory / "log"
         config.write_text(
             STEERD.format(
                 directory=gateway.directory,
                 workers=PARTS,
                 size=self.size,
-                endpoint4=gateway.endpoint[4],
-                endpoint6=gateway.endpoint[6],
-                port=ENDPOINT_PORT,
             )
+            + head
             + service
         )
         with log.open("w") as stderr:
@@ -259,7 +284,7 @@ class Lab:
             )
         self.wait(gateway, log, lambda: '"event": "ready"' in log.read_text())
 
-    def translate(self, gateway: Gateway) -> None:
+    def translate(self, gateway: Gateway, protocol: str = "tcp") -> None:
         """Plain DNAT: a port of the endpoint for each alias."""
         # As steerd has it for what it steers; finished connections must not fill the table.
         gateway.host.sh("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_time_wait=10")
@@ -267,7 +292,7 @@ class Lab:
         for version, family in ((4, "ip"), (6, "ip6")):
             base = ipaddress.ip_address(FIRST_ALIAS[version])
             pairs = ", ".join(f"{FIRST_TRANSLATED_PORT + n} : {base + n} . {ALIAS_PORT}" for n in range(self.size))
-            rules += f"{family} daddr {gateway.endpoint[version]} dnat {family} to tcp dport map {{ {pairs} }}\n"
+            rules += f"{family} daddr {gateway.endpoint[version]} dnat {family} to {protocol} dport map {{ {pairs} }}\n"
         path = gateway.directory / "dnat.nft"
         path.write_text(
             f"table inet plain {{ chain translate {{\ntype nat hook prerouting priority dstnat;\n{rules}}}\n}}\n"
@@ -313,8 +338,8 @@ class Lab:
         """Open `count` connections in all to the daemons of a run, `parallel` at a time."""
         clients = min(PARTS, parallel)
         processes = [
-            self._client("load", way, count // clients, first=run.first, daemons=run.size, count=count // clients,
-                         parallel=parallel // clients, seconds=ROUND_SECONDS)
+            self._client(self._who.load, way, count // clients, first=run.first, daemons=run.size,
+                         count=count // clients, parallel=parallel // clients, seconds=ROUND_SECONDS)
             for _ in range(clients)
         ]  # fmt: skip
         self._place(way.gateway, processes, parallel)
@@ -351,6 +376,19 @@ class Lab:
         (result,) = self._stream(way, {"sink": "up", "source": "down"}[run.what], run, 1, 1)
         return int(result[0]) * 8 / (float(result[2]) - float(result[1]))
 
+    def packets(self, way: Way, run: Run, size: int, flows: int) -> Packets:
+        """Datagrams of so many bytes on established flows, there and back in bursts, everybody on one core."""
+        process = self._client(
+            self._who.stream, way, flows, daemon=run.first, parallel=flows, size=size, milliseconds=PACKETS_MILLISECONDS
+        )
+        self._place(way.gateway, [process], 1)
+        before = self._cpu(way.gateway)["server"]
+        (result,) = _go([process])
+        server = self._cpu(way.gateway)["server"] - before
+        returned, lost = int(result[0]), int(result[1])
+        start, end, user, system = map(float, result[2:6])
+        return Packets(2 * returned / (end - start), lost, (user + system + server) * 1e6 / (2 * returned))
+
     def _stream(self, way: Way, what: str, run: Run, count: int, parallel: int) -> list[list[str]]:
         settings: dict[str, int | str] = {
             "what": what,
@@ -359,7 +397,7 @@ class Lab:
             "parallel": parallel,
             "seconds": 1,
         }
-        processes = [self._client("stream", way, parallel, **settings)]
+        processes = [self._client(self._who.stream, way, parallel, **settings)]
         self._place(way.gateway, processes, 1 if what == "exchange" and parallel == 1 else PARTS)
         return _go(processes)
 
@@ -375,6 +413,7 @@ class Lab:
             "option_at": way.option_at,
             "request": way.request.hex(),
             "request_at": way.request_at,
+            "records": way.records,
             "source": FIRST_SOURCE[way.version],
             "sources": SOURCES,
             "tuple": self._tuple,
