@@ -5,27 +5,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from steerd import config
 from steerd.cli import ctl, main
-from steerd.wire.registry import REGISTRY
+from steerd.core.datagrams import MAX_DATAGRAMS
+from steerd.model import TCP, UDP, Reason
+from steerd.telemetry.counters import Extra
+from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Parser, transports
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+TABLE = (ROOT / "nft" / "steerd.nft").read_text()
 
 
-def test_the_example_is_a_configuration_without_a_mistake() -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    (service,) = config.parse(example, "README.md").services
+def test_the_examples_are_configurations_without_a_mistake() -> None:
+    first, datagrams = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (service,) = config.parse(first, "README.md").services
     assert service.name == "web"
-    assert len([line for line in example.splitlines() if line.strip()]) <= 11
+    assert len([line for line in first.splitlines() if line.strip()]) <= 11
+    names, web = config.parse(datagrams, "README.md").services
+    assert (names.decides_every_datagram, web.decides_every_datagram) == (True, False)
+    assert [service.protocols for service in (names, web)] == [{TCP, UDP}] * 2
+    assert web.idle_timeout == config.parse(datagrams.replace("idle_timeout = ", "# "), "").services[1].idle_timeout
 
 
-@pytest.mark.parametrize("key", ["syn_sent", "syn_recv", "time_wait", "close"])
+@pytest.mark.parametrize("key", ["syn_sent", "syn_recv", "time_wait", "close", "udp_unreplied"])
 def test_the_timeouts_are_the_defaults(key: str) -> None:
     timeouts = config.parse("", "empty").gateway.timeouts
-    row = f"{timeouts.syn_sent}, {timeouts.syn_recv}, {timeouts.time_wait}, {timeouts.close} s"
+    row = ", ".join(str(seconds) for seconds in msgspec.structs.astuple(timeouts)) + " s"
     (line,) = (line for line in README.splitlines() if line.startswith("| `timeouts."))
     assert key in line
     assert row in line
@@ -46,6 +56,25 @@ def test_other_defaults() -> None:
         assert text in README
 
 
+def test_the_numbers_of_datagrams() -> None:
+    assert f"at most {MAX_DATAGRAMS}, held" in README
+    assert f"`too_long` ({MAX_DATAGRAMS} datagrams" in README
+    (learned,) = re.findall(r"map learned \{(.*?)\}", TABLE, re.DOTALL)
+    (size,) = re.findall(r"size (\d+)", learned)
+    assert f"for an hour, at most {int(size):,} of them" in " ".join(README.split())
+    assert "timeout 1h" in learned
+
+
+def test_reasons_and_counters_are_those_of_the_program() -> None:
+    words = {word.name.lower() for kind in (Reason, Extra) for word in kind}
+    words |= set(re.findall(r"counter (\w+) \{ comment", TABLE))
+    (section,) = re.findall(r"^What to look at: (.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    named = re.findall(r"`(\w+)`", section)
+    assert len(named) == 7
+    assert set(named) <= words
+    assert "unknown_connection" in words
+
+
 def test_the_commands_exist() -> None:
     commands = set(re.findall(r"^    (steerd|steerctl) (\w+) ", README, re.MULTILINE))
     assert commands
@@ -55,7 +84,11 @@ def test_the_commands_exist() -> None:
 
 
 def test_every_parser_and_every_key_of_it_is_listed() -> None:
-    for parser in REGISTRY.values():
-        assert f"`{parser.name}`" in README
+    parsers: list[Parser | DatagramParser] = [*REGISTRY.values(), *DATAGRAMS.values()]
+    for parser in parsers:
+        (row,) = (line for line in README.splitlines() if re.match(rf"\| (`\w+`, )?`{parser.name}`", line))
+        protocols = transports(parser.name)
+        assert ("UDP" in row) == (UDP in protocols)
+        assert TCP in protocols or "TCP" not in row
         for key in parser.keys:
             assert key == parser.name or f"`{key.replace('.*', '.NAME')}`" in README
