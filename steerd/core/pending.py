@@ -55,6 +55,7 @@ the inspected bytes and nothing else: what was held beyond a gap was never ackno
 client that still repeats its first unacknowledged byte after `settle_seconds` was refused by its daemon (a full
 backlog) or by the kernel (a connection it has forgotten, a wrong guess): decided again, but at the sight number
 `attempts` given up with a reset. What was given up is remembered as well, and dropped until `settle_seconds` are over.
+Then it is judged afresh, unless something of it was acknowledged or may have been delivered: it is reset once more.
 A sequence number before the presumed beginning is news in every case: the guess was wrong.
 
 **Room** is bounded four ways (`Limits`). A new connection pushes out the oldest unacknowledged one of its source, or
@@ -511,11 +512,12 @@ class Pending(Generic[D]):
         if known.given_up:
             if not settled:
                 return _DROP[Why.GIVEN_UP]
-            if not told:
+            delivered = known.attempts >= limits.attempts
+            if not (told or delivered):
                 return self._first(key, packet, now, cut, 1)
-            # Its reset was lost. Judged afresh, it would begin with the wrong byte.
+            # Its reset was lost. Judged afresh, it would begin with the wrong byte, or be carried out once more.
             self._remember(key, replace(known, at=now), now)
-            return (GiveUp(Why.GIVEN_UP, packet, True),)
+            return (GiveUp(Why.GIVEN_UP if told else Why.UNANSWERED, packet, True),)
         if not settled or (known.unacknowledged - packet.seq) & _SEQUENCE >= len(payload):
             return _FORWARD
         attempts = known.attempts + 1

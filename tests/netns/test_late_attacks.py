@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import random
+import select
 import socket
 import struct
 import sys
@@ -315,6 +316,29 @@ def test_another_tools_mark_is_no_decision(lab: Lab, version: int, rules: str) -
             assert read == request("b.example")
     finally:
         lab.gateway.host.sh("nft delete table inet other")
+
+
+# ---- a lost reset ----
+
+
+def test_a_request_whose_reset_is_lost_is_carried_out_once(lab: Lab) -> None:
+    """The daemon reads it and resets. Two seconds later conntrack has forgotten that; the client has not."""
+    with contextlib.ExitStack() as stack:
+        daemons = [stack.enter_context(listen(lab.gateway.host, ALIAS[version].format(3))) for version in (4, 6)]
+        clients = [stack.enter_context(connect(lab, version)) for version in (4, 6)]
+        lab.gateway.client.sh(
+            "nft 'table inet loss { chain arriving { type filter hook prerouting priority raw;"
+            f" ip saddr {ENDPOINT[4]} drop; ip6 saddr {ENDPOINT[6]} drop; }}; }}'"
+        )
+        stack.callback(lab.gateway.client.sh, "nft delete table inet loss")
+        for client, daemon in zip(clients, daemons, strict=True):
+            client.sendall(request("c.example"))
+            connection, _ = daemon.accept()
+            with connection:
+                assert connection.recv(4096) == request("c.example")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_BY_RESET)
+        # The clients repeat themselves 0.2, 0.4, 0.8, 1.7, 3.3 and 6.8 s after the beginning.
+        assert select.select(daemons, [], [], 8)[0] == []
 
 
 # ---- PROXY headers of anybody ----
