@@ -23,6 +23,15 @@ gets. steerd.late puts it together with steerd.core.pending, has the engine deci
 mark: the kernel checks the cookie, opens the connection to the alias (chains `handshake`, `recall`, `steer_local`,
 `verify`), and the worker's copy of the payload follows through a raw socket (steerd.kernel.inject).
 
+**The life of a datagram.** The first datagram of a flow goes to a worker like a SYN; steerd.datagram asks the engine
+with all of the flow's datagrams so far, which steerd.core.datagrams keeps. One that suffices by itself goes on with its
+mark; where it takes several (a QUIC hello has two), all of them are sent through the raw socket, in order, and the
+first makes the flow's conntrack entry. A DNS query says where it itself wants to go, not its flow: chain `query` hands
+every one over before conntrack looks, and chain `zone` puts the decided query into the conntrack zone of its target,
+so that one client's port has a flow to each daemon. When a QUIC server answers a handshake, chain `learn` notes its
+connection id, and the table itself brings a client that comes from another port back to its daemon. A client that uses
+another connection id as well is brought there only by a server id in it (steerd.wire.quic_lb).
+
 **Who does what.** *wire turns bytes into facts, core turns facts into decisions, kernel turns decisions into effects
 and the world into facts.* wire and core are pure: no clock, no socket, no log.
 
@@ -30,10 +39,12 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     daemon.py      the main process (asyncio): makes the machine match the configuration and keeps it so
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
+    datagram.py    the half of a worker that is about datagrams
     config.py      TOML to values; every mistake found, each with its key
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
-    core/          engine, router, pools, marks, plan (have and want -> what to do)
+    core/          engine, router, sessions, pending (first payloads), datagrams, pools, leases, marks,
+                   plan (have and want -> what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
                    sockets (ends a connection's), host
