@@ -360,10 +360,11 @@ class Daemon:
         contents = contents_of(config)
         ruleset.load(settings, contents, native=self._native_queue, empty_targets=empty_targets)
         if contents.datagram:
-            # A client that goes on sending from one port would keep alive for ever what conntrack noted before the
-            # table was there, and never be steered.
+            # A client, or its daemon, that goes on sending from one port would keep alive for ever what conntrack noted
+            # while the table was not there.
+            prefixes = [prefix for pool in config.pools.values() for prefix in pool.prefixes]
             with contextlib.closing(Conntrack()) as conntrack:
-                conntrack.forget_unsteered(contents.datagram)
+                conntrack.forget_unsteered(contents.datagram, prefixes)
         self._rules = ruleset.our_rules(self._nftables)
         self._wildcard_ports = set()
         self._set_wildcard_ports()

@@ -14,7 +14,7 @@ packages=(
 
 if [ "${1:-}" = programs ]; then
 	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client haproxy)
-	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool)
+	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool ngtcp2-client)
 fi
 
 if [ "${1:-}" = bench ]; then

@@ -6,13 +6,14 @@ Layout: include/uapi/linux/netfilter/nfnetlink_conntrack.h; states: nf_conntrack
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import sys
 from collections.abc import Collection, Iterator
 
 from steerd.errors import KernelError
 from steerd.kernel.nfnetlink import ACK, GENERIC, NESTED, Nfnetlink, attribute, attributes
-from steerd.model import TCP, UDP, Endpoint, Flow
+from steerd.model import TCP, UDP, Endpoint, Flow, IPNetwork
 
 _SUBSYS_CTNETLINK = 1
 _GET, _DELETE = 1, 2
@@ -71,10 +72,11 @@ class Conntrack:
         reply = self._netlink.ask(kind, ACK, _FAMILIES[flow.version], _tuple(flow, protocol), asked)
         return _not_there(reply.error, asked) if reply.error else True
 
-    def forget_unsteered(self, endpoints: Collection[Endpoint]) -> int:
-        """Delete the entries of flows of datagrams to these endpoints that have no translation and no answer; how many
-        there were."""
-        found = [flow for flow in self._unsteered() if _is_at(flow, endpoints)]
+    def forget_unsteered(self, endpoints: Collection[Endpoint], pools: Collection[IPNetwork]) -> int:
+        """Delete the entries of flows of datagrams to these endpoints, or from aliases of these pools, that have no
+        translation and no answer; how many there were. One from an alias is an answer for which there was no
+        translation: it would take the place of its flow, whose client would then be given another port."""
+        found = [flow for flow in self._unsteered() if _is_at(flow, endpoints) or _is_from(flow, pools)]
         return sum(self.delete(flow, UDP) for flow in found)
 
     def end_flows_to(self, addresses: Collection[bytes]) -> int:
@@ -145,6 +147,11 @@ def _udp_flow(original: bytes) -> Flow | None:
 
 def _is_at(flow: Flow, endpoints: Collection[Endpoint]) -> bool:
     return any(e.address.packed == flow.dst and e.first_port <= flow.dport <= e.last_port for e in endpoints)
+
+
+def _is_from(flow: Flow, pools: Collection[IPNetwork]) -> bool:
+    source = ipaddress.ip_address(flow.src)
+    return any(source in prefix for prefix in pools if prefix.version == source.version)
 
 
 def _tuple(flow: Flow, protocol_number: int = TCP) -> bytes:

@@ -67,6 +67,8 @@ class _Wire:
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
+        if self._transport.is_closing():
+            return
         if self._flight is Flight.REVERSED:
             waiting.reverse()
         while self._flight is Flight.ONE_PIECE and waiting:
@@ -120,12 +122,16 @@ class Client(QuicConnectionProtocol):
     async def move(self, version: int, address: str | None = None, *, new_id: bool = False) -> None:
         """Go on from another port, or from another address as well. `new_id`: with another connection id, as a client
         does that moves on purpose; without, as if a NAT on the way had changed its mind."""
-        await self.bind(bound(self._lab, version, address))
         if new_id:
-            self.change_connection_id()
+            # First of all: an acknowledgement may be waiting, and would go with the old one.
+            self._quic.change_connection_id()
+        await self.bind(bound(self._lab, version, address))
+        self.transmit()
 
     def leave(self) -> None:
         """Close the socket, without a word to the server."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._underlying is not None:
             self._underlying.close()
 
@@ -202,7 +208,6 @@ async def connect(
             await asyncio.wait_for(client.wait_connected(), 15 * SLOWER)
         yield client
         client.close()
-        # The packet that says so is on its way; the peer's state is not waited for.
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # what that sends is on its way now; an answer is not waited for
     finally:
         client.leave()

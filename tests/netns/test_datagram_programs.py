@@ -12,8 +12,7 @@ import random
 import socket
 import ssl
 import struct
-import subprocess
-import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,26 +20,20 @@ import pytest
 from aioquic.quic.configuration import QuicConfiguration
 
 from steerd.model import Reason
-from steerd.telemetry.counters import Counters, Extra
+from steerd.telemetry.counters import Extra
 from tests.netns.conftest import hosts
-from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
-from tests.netns.programs import POOL, alias, answer, certificate, nginx, socket_name, target
+from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, SLOWER, Gateway, gateway
+from tests.netns.programs import POOL, alias, answer, certificate, nginx, target
 from tests.netns.quic_client import Flight, connect
+from tests.netns.quic_programs import CHROMIUM, Counts, await_ready, endpoints, quic_server
 from tests.netns.quic_server import content
 
 CLIENT = {4: CLIENT4, 6: CLIENT6}
 ENDPOINT = {4: ENDPOINT4, 6: ENDPOINT6}
-VECTORS = ROOT / "tests" / "vectors" / "udp"
-CHROMIUM = [(VECTORS / f"quic-chromium-156.0.8078.79-first-{n}.bin").read_bytes() for n in (1, 2)]
 NAMES = {"a.example": 1, "b.example": 2}
 UDP_RESPONDER = 9000
 SHORT = [b"\x40" + b"%d" % n * 40 for n in range(3)]
 """Datagrams with a short header, as they come behind a hello."""
-
-
-def endpoints(port: int, *protocols: str) -> str:
-    """`endpoints` of a service, both families."""
-    return "[" + ", ".join(f'"{ENDPOINT4}:{port}/{p}", "[{ENDPOINT6}]:{port}/{p}"' for p in protocols) + "]"
 
 
 CONFIG = (
@@ -86,10 +79,19 @@ routes = [
 )
 
 
+FIREWALL = """
+table inet firewall {
+    chain input { type filter hook input priority 0; ct state established accept; }
+}
+"""
+"""Without any rule that asks conntrack, it would rest while our table is gone."""
+
+
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Gateway]:
     """One gateway for all: nothing here is left behind for the next test but counts."""
     with hosts() as new_host, gateway(new_host) as made:
+        made.allow_unasked = True  # While the table is gone, answers come from aliases.
         certificate(made, "a.example", "b.example")
         made.configure(CONFIG)
         made.start()
@@ -105,37 +107,6 @@ def lab() -> Iterator[Gateway]:
         runs = [(alias(version, number), 1, UDP_RESPONDER) for version in (4, 6) for number in (1, 2, 4)]
         made.respond(*runs, program="udp_responder")
         yield made
-
-
-def quic_server(lab: Gateway, name: str, number: int, port: int, *more: str) -> subprocess.Popen[str]:
-    """An HTTP/3 server, with NAME.pem; not ready yet."""
-    return lab.spawn(
-        lab.host, sys.executable, "-m", "tests.netns.quic_server", name, f"{lab.directory}/{name}.pem",
-        socket_name(4, number, port), socket_name(6, number, port), *more,
-    )  # fmt: skip
-
-
-def await_ready(server: subprocess.Popen[str]) -> None:
-    assert server.stdout is not None
-    assert server.stdout.readline() == "listening\n"
-
-
-class Counts:
-    """How far counters of the table and of the workers rose since this was made, or `look` was called."""
-
-    def __init__(self, lab: Gateway) -> None:
-        self._lab = lab
-        self._workers = Counters.open(lab.directory / "run" / "counters")
-        self._before: dict[str | Reason | Extra, int] = {}
-        self.look()
-
-    def look(self) -> dict[str | Reason | Extra, int]:
-        now: dict[str | Reason | Extra, int] = {word: self._workers.total(word) for word in (*Reason, *Extra)}
-        for name, count in self._lab.counters().items():
-            now[name] = count
-        risen = {word: count - self._before.get(word, 0) for word, count in now.items()}
-        self._before = now
-        return {word: count for word, count in risen.items() if count}
 
 
 # ---- HTTP/3 ----
@@ -260,6 +231,29 @@ def test_the_middle_of_an_unknown_connection_goes_nowhere(lab: Gateway, version:
         with pytest.raises(TimeoutError):
             client.recv(65536)
     assert counts.look() == {"diverted": 1, Reason.UNKNOWN_CONNECTION: 1}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_answer_while_there_was_no_table_does_not_cost_the_client_its_port(lab: Gateway, version: int) -> None:
+    """Conntrack takes it for the beginning of a flow. The client's next datagram would be the answer's answer, and to
+    tell them apart, the kernel would give it another port."""
+    lab.host.sh(f"nft -f - <<'RULES'\n{FIREWALL}\nRULES")
+    with udp(lab, version, 447) as client:
+        me = client.getsockname()
+        client.send(b"RTP")
+        assert echoes(client, 1) == ({alias(version, 1)}, [b"RTP"])
+        client.send(b"later1")
+        time.sleep(0.1)
+        lab.kill()
+        lab.host.sh("nft delete table inet steerd; conntrack -F 2>&1")
+        family = "ipv4" if version == 4 else "ipv6"
+        answers = f"conntrack -L -f {family} -p udp --src {alias(version, 1)} --sport {UDP_RESPONDER} 2>/dev/null"
+        lab.wait(lambda: f"dport={me[1]} " in lab.host.sh(answers), "the answer")
+        lab.start()
+        client.send(b"RTP again")
+        address, _, host, port, _ = client.recv(65536).decode().split(" ", 4)
+        assert (address, host, int(port)) == (alias(version, 1), me[0], me[1])
+    lab.host.sh("nft delete table inet firewall")
 
 
 # ---- what the kernel handles as one packet ----
