@@ -1,0 +1,217 @@
+"""The registry with 1, 1,000 and 1,000,000 routes: importing them, deciding among them in a worker, one route changed,
+starting again, and the memory of all of it.
+
+    writer (as the main process)  --- LMDB ---  two readers (as workers), each a process of its own
+
+No packets and no kernel: what a decision costs here is reading a request, the engine, and LMDB. `flat` is the decision
+time with 1,000,000 routes over that with one, of which 1.2 is allowed. The hosts asked for are drawn from all, so that
+with 1,000,000 the caches of the machine miss as they would.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from steerd import config
+from steerd.control import transfer
+from steerd.control.registry import Reader, Registry
+from steerd.core.engine import Engine
+from steerd.model import TCP, Answer, Outcome
+from steerd.wire.packet import Packet
+from tests.bench.scenario import Result, rounds_of
+
+SIZES = (1, 1_000, 1_000_000)
+WORKERS = 2
+BATCH = 10_000
+DECISIONS = 50_000
+CHANGES = 200
+TEXT = """
+[pools.tenants]
+prefixes = ["10.64.0.0/16"]
+mode = "anyip"
+[services.web]
+endpoints = ["203.0.113.10:80/tcp"]
+inspect = ["http"]
+"""
+_fork = multiprocessing.get_context("fork")
+
+
+def lines(size: int) -> Iterator[bytes]:
+    """Batches of an import."""
+    for first in range(0, size, BATCH):
+        yield "\n".join(
+            json.dumps(
+                {
+                    "kind": "route",
+                    "service": "web",
+                    "when": {"http.host": f"t{number:07}.example.net"},
+                    "target": [f"10.64.{number >> 8 & 255}.{number & 255}:8080"],
+                }
+            )
+            for number in range(first, min(first + BATCH, size))
+        ).encode()
+
+
+def packet() -> Packet:
+    client, endpoint = bytes([198, 51, 100, 1]), bytes([203, 0, 113, 10])
+    return Packet(4, client, endpoint, TCP, 40000, 80, 0, 1, 0, b"", b"", b"", b"")
+
+
+def request(host: str) -> bytes:
+    return f"GET / HTTP/1.1\r\nHost: {host}\r\nUser-Agent: bench\r\n\r\n".encode()
+
+
+class Worker:
+    """Decides as steerd.worker does, without packets."""
+
+    def __init__(self, directory: str) -> None:
+        self._reader = Reader(directory)
+        self._engine = Engine(self._reader.refresh(), self._reader.route)
+        self._packet = packet()
+
+    def decide(self, data: bytes) -> int:
+        if self._reader.advance():
+            self._engine = Engine(self._reader.refresh(), self._reader.route)
+        decision = self._engine.decide_first(self._packet, data)
+        self._reader.rest()
+        assert decision is not Answer.NEED_MORE
+        return decision.target_id if decision.outcome is Outcome.STEER else 0
+
+
+def serve(directory: str, size: int, seed: int, orders: Connection) -> None:
+    """A worker: measures what it is told to."""
+    worker = Worker(directory)
+    rng = random.Random(seed)
+    payloads = [request(f"t{rng.randrange(size):07}.example.net") for _ in range(DECISIONS)]
+    orders.send("ready")
+    while True:
+        order = orders.recv()
+        if order == "decide":
+            began = time.perf_counter()
+            for payload in payloads:
+                assert worker.decide(payload)
+            orders.send((time.perf_counter() - began) / DECISIONS * 1e6)
+        elif order == "watch":
+            changed = request("t0000000.example.net")
+            before = worker.decide(changed)
+            orders.send(None)
+            while worker.decide(changed) == before:
+                pass
+            orders.send(time.perf_counter())
+        elif order == "memory":
+            orders.send(memory())
+
+
+def memory() -> float:
+    """This process's share of resident memory in MB: pages that several map are divided among them."""
+    row = next(row for row in Path("/proc/self/smaps_rollup").read_text().splitlines() if row.startswith("Pss:"))
+    return int(row.split()[1]) / 1024
+
+
+def ask(workers: list[Connection], order: str) -> list[Any]:
+    found = []
+    for worker in workers:
+        worker.send(order)
+        found.append(worker.recv())
+    return found
+
+
+def measure(size: int) -> dict[str, float]:
+    """Everything with so many routes."""
+    with tempfile.TemporaryDirectory(prefix="steerd-bench-") as directory:
+        batches = list(lines(size))
+        figures: dict[str, float] = {}
+        ours, theirs = _fork.Pipe()
+        importer = _fork.Process(target=fill, args=(directory, batches, theirs))
+        importer.start()
+        figures["import_s"] = ours.recv()
+        importer.join()
+        del batches
+        pipes = [_fork.Pipe() for _ in range(WORKERS)]
+        processes = []
+        main, of_main = _fork.Pipe()
+        writer = _fork.Process(target=write, args=(directory, of_main))
+        writer.start()
+        figures["start_s"] = main.recv()
+        for seed, (_, theirs) in enumerate(pipes):
+            processes.append(_fork.Process(target=serve, args=(directory, size, seed, theirs)))
+            processes[-1].start()
+        workers = [pipe for pipe, _ in pipes]
+        try:
+            for worker in workers:
+                worker.recv()
+            figures["decision_us"] = statistics.median(
+                value for _ in range(rounds_of(5)) for value in ask(workers, "decide")
+            )
+            delays = []
+            for number in range(CHANGES if size > 1 else 20):
+                ask(workers, "watch")
+                main.send(number)
+                acknowledged = main.recv()
+                delays.append(max(worker.recv() for worker in workers) - acknowledged)
+            # Seen before the writer had said so is seen at once.
+            figures["visible_ms_median"] = max(0.0, statistics.median(delays) * 1e3)
+            figures["visible_ms_longest"] = max(0.0, max(delays) * 1e3)
+            main.send("memory")
+            figures["memory_mb"] = main.recv() + sum(ask(workers, "memory"))
+            figures["file_mb"] = (Path(directory) / "registry" / "data.mdb").stat().st_blocks / 2048
+        finally:
+            for process in (*processes, writer):
+                process.kill()
+                process.join()
+        return figures
+
+
+def fill(directory: str, batches: list[bytes], done: Connection) -> None:
+    registry = Registry(directory)
+    registry.publish(config.parse(TEXT, "bench"))
+    began = time.perf_counter()
+    for batch in batches:
+        transfer.load(registry, batch)
+    done.send(time.perf_counter() - began)
+
+
+def write(directory: str, orders: Connection) -> None:
+    """The main process, started again: puts the configuration in force, and changes one route when it is told to."""
+    began = time.perf_counter()
+    registry = Registry(directory)
+    registry.publish(config.parse(TEXT, "bench"))
+    orders.send(time.perf_counter() - began)
+    while True:
+        order = orders.recv()
+        if order == "memory":
+            orders.send(memory())
+            continue
+        target = f"10.64.255.{order % 200 + 1}:9000"
+        registry.routes.put("web", {"http.host": "t0000000.example.net"}, target, None)
+        orders.send(time.perf_counter())
+
+
+def run(console: Console) -> Result:
+    """Measure every size, show a table, and give the ratios."""
+    assert os.cpu_count()
+    figures = {f"routes_{size}": measure(size) for size in SIZES}
+    table = Table("routes", *next(iter(figures.values())))
+    for name, found in figures.items():
+        table.add_row(name.removeprefix("routes_"), *(f"{value:.3f}" for value in found.values()))
+    console.print(table)
+    most, least = figures[f"routes_{SIZES[-1]}"], figures[f"routes_{SIZES[0]}"]
+    ratios = {
+        "flat": most["decision_us"] / least["decision_us"],
+        "lookup_1m/lookup_1k": most["decision_us"] / figures["routes_1000"]["decision_us"],
+        "memory_1m_more_mb": most["memory_mb"] - least["memory_mb"],
+    }
+    return Result("registry", ratios, figures)
