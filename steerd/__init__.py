@@ -48,7 +48,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
                    sockets (ends a connection's), host
-    control/       registry (LMDB): ids, routes and the plan; what must outlive a process and what all workers read
+    control/       registry (LMDB): ids, routes, leases, the plan; what must outlive a process and what all workers read
                    sessions and claims on them; the API and its client
     telemetry/     counters in shared memory, logs
 
