@@ -15,6 +15,9 @@ packages=(
 if [ "${1:-}" = programs ]; then
 	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client haproxy)
 	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool ngtcp2-client)
+	packages+=(wireguard-go wireguard-tools)
+	# Ubuntu has it as a snap only, which does not run in a namespace.
+	if grep -qx ID=debian /etc/os-release; then packages+=(chromium); fi
 fi
 
 if [ "${1:-}" = bench ]; then
