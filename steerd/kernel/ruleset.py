@@ -10,6 +10,7 @@ know.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import itertools
 import re
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,8 @@ FALLBACK_CHAIN = "STEERD"
 _SEED = "0x5354"
 _IPTABLES = {"iptables-nft": "ip", "ip6tables-nft": "ip6"}
 FALLBACK_TABLES = ("raw", "mangle")
-_TARGET_MAPS = ("targets4", "targets6", "hosts4", "hosts6", "daemons4", "daemons6", "zones", "learned")
+_TRANSLATIONS = ("targets4", "targets6", "hosts4", "hosts6")
+_TARGET_MAPS = (*_TRANSLATIONS, "daemons4", "daemons6", "zones", "learned")
 _ZONES = 65535
 _CHECK_SETS = ("translated4", "translated6", "translated_hosts4", "translated_hosts6")
 
@@ -213,6 +215,12 @@ def _idle_rules(contents: Contents, version: int) -> Iterable[str]:
         )
 
 
+def _zone_rule(mark: MarkLayout) -> str:
+    """Not among those that a load replaces: see the comment on chains in steerd.nft."""
+    rule = f"ct original zone set meta mark & 0x{mark.mask:08x} map @zones accept"
+    return f"flush chain inet {TABLE} zoned\nadd rule inet {TABLE} zoned {rule}\n"
+
+
 def _ports(endpoint: Endpoint) -> str:
     if endpoint.first_port == endpoint.last_port:
         return str(endpoint.first_port)
@@ -285,6 +293,18 @@ def datagram_elements(mark_value: int, target_id: int, target: Target, dport: in
     return [Element(f"daemons{version}", daemon, key), Element("zones", key, zone.to_bytes(2, sys.byteorder))]
 
 
+def targets_agree(nftables: Nftables, mark: MarkLayout, target: Callable[[int], Target | None]) -> bool:
+    """Whether all target ids in the kernel's maps mean what `target` says: not, if it has forgotten them and began anew,
+    or if other bits of the mark were ours."""
+    for name in _TRANSLATIONS:
+        for element in nftables.elements(name):
+            value = int.from_bytes(element.key, sys.byteorder)
+            meant = target(value >> mark.shift)
+            if meant is None or element != target_elements(value & mark.mask, meant)[0]:
+                return False
+    return True
+
+
 def flow_key(flow: Flow) -> bytes:
     """The element of the sets of 4-tuples (`vanished4`, `genuine6`, ...) that stands for a connection."""
     sport, dport = flow.sport.to_bytes(2, "big"), flow.dport.to_bytes(2, "big")
@@ -300,12 +320,16 @@ def load(settings: Settings, contents: Contents, *, native: bool, empty_targets:
     """Load the table with these settings and contents in one transaction.
 
     What is there already is brought up to date: the operator's chain `admit` and counters stay. `empty_targets` is for
-    a start, when no worker runs that believes its targets to be in the maps. `native`: see has_native_queue. Raises
-    KernelError if the kernel refuses.
+    a start, when no worker runs that believes its targets to be in the maps, and only if these are of no use any more
+    (`targets_agree`): what was learnt of QUIC connections goes with them. `native`: see has_native_queue. Raises KernelError
+    if the kernel refuses.
     """
     text = render(template_path().read_text(), settings, native=native) + fill(contents)
     if empty_targets:
         text += flush_targets()
+    with contextlib.closing(Nftables()) as nftables:
+        if empty_targets or not any(rule.chain == "zoned" for rule in nftables.rules(1, TABLE)):
+            text += _zone_rule(settings.mark)
     if native:
         _remove_fallback()
     else:
