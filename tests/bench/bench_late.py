@@ -15,23 +15,22 @@ second of CPU time, everybody included; `..._at_best` is the same as if the work
 that nothing but the kernel's work were left of them.
 
 **Where the time goes** (us of CPU a connection, IPv4, one segment, 64 at a time, 2 cores of an AMD EPYC, Linux 6.18, a
-machine with neighbours; a median differs by a tenth from run to run):
+machine with neighbours: figures of one run differ by a tenth from those of the next). Two measurements; perf itself
+takes some of the second:
 
-    client and server, kernel included       93     with DNAT, where that is all, 94
-    a worker in the kernel                   45     verdict 23: the cookie, the kernel's own connection to the daemon
-                                                    copy of the payload 18: delivered, the daemon woken
-                                                    recv 2, poll and being switched to 2
-                                                    (through all of these: nft rules 9, conntrack 4, routing again 4)
-    a worker in Python                       41     deciding 20-25, of which TLS 9; reading, sending, verdicts 8;
-                                                    the rest are cold caches: the first packet of a batch takes 100 us
-                                                    more than the tenth, and batches are of 10 to 14
+    everybody (/proc)       late 180 = client and server 93 + workers in the kernel 45 + in Python 41
+                            DNAT 94, HAProxy 178 (itself 101, of which 87 in the kernel), nginx 184
+    workers (perf, by call  Python 50, verdict 30 (the cookie, the kernel's own connection to the daemon), copy 23 (the
+    chain: 110 in all)      payload delivered, the daemon woken), recv 2, poll 1, switches and interrupts 4;
+                            within these: nft rules 11, conntrack 4, routing again after translation 5
 
-The in-kernel part is from /proc, its split and Python's in proportion from perf (cpu-clock, by call chain) and from
-CPU clocks around the parts. So the aims of 0.8 x DNAT and 1.5 x HAProxy are out of reach here, and no better worker would
-reach them: without any Python (`..._at_best`) 0.66 and 1.26 remain. A late connection is opened twice, by the client and
-to the daemon, and its payload travels twice; DNAT opens one. HAProxy opens two and takes 101 us for it, of which 87 are
-the kernel's. Two segments cost a worker 3.6 times the time of one in Python: both are held, joined, read twice and made
-anew.
+Deciding alone takes 19 us in a loop, of which reading the hello 8. Among the kernel's work it takes 130 us for the first
+packet of a batch, 26 for the fifth and 21 for the fifteenth (medians): the rest of Python's share is cold caches.
+
+So the aims of 0.8 x DNAT and 1.5 x HAProxy are not reached, and no faster worker alone would reach them here: if Python
+took no time at all (`..._at_best`), 0.66 and 1.26 would remain. A late connection is opened twice, by the client and to
+the daemon, and its payload arrives twice; DNAT opens one. Two segments cost a worker 3.6 times as much in Python and
+2.6 times in the kernel as one.
 """
 
 from __future__ import annotations
