@@ -24,8 +24,8 @@ takes some of the second:
     chain: 110 in all)      payload delivered, the daemon woken), recv 2, poll 1, switches and interrupts 4;
                             within these: nft rules 11, conntrack 4, routing again after translation 5
 
-Deciding alone takes 19 us in a loop, of which reading the hello 8. Among the kernel's work it takes 130 us for the first
-packet of a batch, 26 for the fifth and 21 for the fifteenth (medians): the rest of Python's share is cold caches.
+Deciding alone takes 19 us in a loop, of which reading the hello 8. Among the kernel's work it takes 130 us for the
+first packet of a batch, 26 for the fifth and 21 for the fifteenth (medians): the rest of Python's share is cold caches.
 
 So the aims of 0.8 x DNAT and 1.5 x HAProxy are not reached, and no faster worker alone would reach them here: if Python
 took no time at all (`..._at_best`), 0.66 and 1.26 would remain. A late connection is opened twice, by the client and to
