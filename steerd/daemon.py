@@ -199,7 +199,9 @@ class Daemon:
         started = time.monotonic()
         plan = self._registry.publish(self._config)
         changes = aliases.reconcile(list(self._config.pools.values()), progress)
-        self._load_table(self._config, empty_targets=True)
+        with contextlib.closing(self._registry.reader()) as reader:
+            known = ruleset.targets_agree(self._nftables, self._config.gateway.mark, reader.target)
+        self._load_table(self._config, empty_targets=not known)
         self._counters.next_generation()
         self._log.info(
             "table loaded",

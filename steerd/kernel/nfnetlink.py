@@ -42,6 +42,15 @@ def attributes(data: bytes) -> dict[int, bytes]:
     return found
 
 
+def listed(data: bytes) -> Iterator[bytes]:
+    """The values of attributes that stand one behind the other in `data`, whatever their kind."""
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, _ = _ATTRIBUTE.unpack_from(data, offset)
+        yield data[offset + _ATTRIBUTE.size : offset + length]
+        offset += (max(length, _ATTRIBUTE.size) + 3) & ~3
+
+
 def message(kind: int, flags: int, sequence: int, family: int, resource: int, body: bytes) -> bytes:
     """One message. `kind` is subsystem << 8 | request; `body` its attributes."""
     body = GENERIC.pack(family, 0, resource) + body

@@ -25,6 +25,7 @@ from steerd.kernel.nfnetlink import (
     Nfnetlink,
     attribute,
     attributes,
+    listed,
     message,
 )
 
@@ -126,6 +127,17 @@ class Nftables:
         if reply.error not in (0, errno.ENOENT):
             raise KernelError(f"{asked}: {os.strerror(reply.error)}")
         return not reply.error
+
+    def elements(self, name: str) -> list[Element]:
+        """Every element of a set or map; [] if there is no such thing."""
+        about = attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0") + attribute(_ELEMENTS_SET, name.encode() + b"\0")
+        found = []
+        for fields, _ in self._dump(_GETSETELEM, _NFPROTO_INET, about, f"does not list {name}"):
+            for each in listed(fields.get(_ELEMENTS, b"")):
+                parts = attributes(each)
+                data = attributes(parts[_ELEMENT_DATA])[_DATA_VALUE] if _ELEMENT_DATA in parts else None
+                found.append(Element(name, attributes(parts[_ELEMENT_KEY])[_DATA_VALUE], data))
+        return found
 
     def rules(self, family: int, table: str) -> list[Rule]:
         """All rules of a table, [] if there is no such table; family 1 is inet, 2 IPv4, 10 IPv6."""

@@ -294,8 +294,8 @@ def datagram_elements(mark_value: int, target_id: int, target: Target, dport: in
 
 
 def targets_agree(nftables: Nftables, mark: MarkLayout, target: Callable[[int], Target | None]) -> bool:
-    """Whether all target ids in the kernel's maps mean what `target` says: not, if it has forgotten them and began anew,
-    or if other bits of the mark were ours."""
+    """Whether all target ids in the kernel's maps mean what `target` says: not, if it knows nothing of them or began
+    anew, or if other bits of the mark were ours."""
     for name in _TRANSLATIONS:
         for element in nftables.elements(name):
             value = int.from_bytes(element.key, sys.byteorder)
@@ -320,9 +320,9 @@ def load(settings: Settings, contents: Contents, *, native: bool, empty_targets:
     """Load the table with these settings and contents in one transaction.
 
     What is there already is brought up to date: the operator's chain `admit` and counters stay. `empty_targets` is for
-    a start, when no worker runs that believes its targets to be in the maps, and only if these are of no use any more
-    (`targets_agree`): what was learnt of QUIC connections goes with them. `native`: see has_native_queue. Raises KernelError
-    if the kernel refuses.
+    a start, when no worker runs that believes its targets to be in the maps, and only if they do not agree any more
+    (`targets_agree`): what was learnt of QUIC connections goes with them. `native`: see has_native_queue. Raises
+    KernelError if the kernel refuses.
     """
     text = render(template_path().read_text(), settings, native=native) + fill(contents)
     if empty_targets:

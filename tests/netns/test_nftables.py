@@ -106,6 +106,30 @@ def test_elements_arrive_as_they_were_meant(lab: Lab, address: str) -> None:
     assert lab.elements(f"translated_hosts{version}") == [concatenated(MARK_OF[17], address)]
 
 
+def test_every_element_is_read(lab: Lab) -> None:
+    loaded = {id_: target(f"10.64.{id_ >> 8}.{id_ & 255}", 80) for id_ in range(16, 2016)}
+    loaded |= {3000: target("10.64.0.1", 0), 3001: target("fd00:64::1", 80), 3002: target("fd00:64::1", 0)}
+    for id_, each in loaded.items():
+        lab.nftables.insert(target_elements(MARK.field(id_), each))
+    read = [element for name in ("targets4", "targets6", "hosts4", "hosts6") for element in lab.nftables.elements(name)]
+    assert sorted(read) == sorted(target_elements(MARK.field(id_), each)[0] for id_, each in loaded.items())
+    [checked] = lab.nftables.elements("translated6")
+    assert checked == target_elements(MARK.field(3001), loaded[3001])[1]
+    assert lab.nftables.elements("no_such_set") == []
+
+
+def test_whether_targets_agree_with_what_is_known(lab: Lab) -> None:
+    known = {16: target("10.64.0.1", 80), 17: target("10.64.0.1", 0), 18: target("fd00:64::1", 80)}
+    assert ruleset.targets_agree(lab.nftables, MARK, lambda _: None)
+    for id_, each in known.items():
+        lab.nftables.insert(target_elements(MARK.field(id_), each))
+    assert ruleset.targets_agree(lab.nftables, MARK, known.get)
+    assert not ruleset.targets_agree(lab.nftables, MarkLayout(9, 31), known.get)
+    for id_ in known:
+        for other in (target("10.64.0.2", 80), target("10.64.0.1", 81), target("fd00:64::1", 0), None):
+            assert not ruleset.targets_agree(lab.nftables, MARK, {**known, id_: other}.get)
+
+
 def test_what_is_there_already_is_fine(lab: Lab) -> None:
     first, second = (target_elements(MARK_OF[id_], target("10.64.0.1", 8000 + id_)) for id_ in (16, 17))
     for _ in range(3):

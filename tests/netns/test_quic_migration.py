@@ -142,7 +142,7 @@ def test_a_transfer_goes_on_while_the_client_moves(lab: Gateway, version: int) -
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_what_was_learnt_outlives_conntrack_and_works_without_the_agent(lab: Gateway, version: int) -> None:
+def test_what_was_learnt_outlives_conntrack_and_the_agent(lab: Gateway, version: int) -> None:
     async def flush(client: Client, name: str) -> None:
         lab.host.sh("conntrack -F 2>&1")
         await is_at(client, version, name, LEARNT)
@@ -151,6 +151,7 @@ def test_what_was_learnt_outlives_conntrack_and_works_without_the_agent(lab: Gat
             await client.move(version)
             await is_at(client, version, name, LEARNT)
             lab.start()
+            await client.move(version, OTHER[version])
             await is_at(client, version, name, LEARNT)
 
     on_each(lab, version, LEARNT, flush)
