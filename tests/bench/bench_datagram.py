@@ -54,7 +54,7 @@ COUNT = 6_000
 PARALLEL = 64
 LATENCY_ROUNDS = rounds_of(3)
 LATENCY_COUNTS = {1: 1500, 32: 6000}
-PACKET_ROUNDS = rounds_of(11)
+PACKET_ROUNDS = rounds_of(9)
 FLOWS = 16
 SIZES = {"": 64, "_1200": 1200}
 
