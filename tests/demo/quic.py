@@ -26,6 +26,7 @@ from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.events import ProtocolNegotiated, QuicEvent
 
 _AT_A_TIME = 4
+_FIRST_PORT = 20000
 _PATIENCE = 15.0
 
 
@@ -95,14 +96,17 @@ async def client(certificate: str, address: str, port: str, *names: str) -> None
     """Ask every name once."""
     with open(certificate, "rb") as file:
         trusted = file.read().partition(b"-----BEGIN PRIVATE KEY-----")[0]
-    waiting = iter(names)
+    # No port twice: to conntrack that would be the old flow, which has its daemon already.
+    waiting = enumerate(names, _FIRST_PORT)
 
     async def ask_one_after_the_other() -> None:
-        for name in waiting:
+        for local_port, name in waiting:
             configuration = QuicConfiguration(alpn_protocols=H3_ALPN, server_name=name, cadata=trusted)
             configuration.idle_timeout = _PATIENCE
             try:
-                async with connect(address, int(port), configuration=configuration, create_protocol=_Client) as one:
+                async with connect(
+                    address, int(port), configuration=configuration, create_protocol=_Client, local_port=local_port
+                ) as one:
                     assert isinstance(one, _Client)
                     print(name, await one.get(name), flush=True)
             except (ConnectionError, TimeoutError) as error:
