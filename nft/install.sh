@@ -148,21 +148,19 @@ remove_fallback() {
 install_fallback() {
 	for tool in iptables-nft ip6tables-nft; do
 		command -v $tool >/dev/null 2>&1 || die "this kernel has no nft queue (CONFIG_NFT_QUEUE), and $tool is not installed"
+		# In the table raw, too, there must be such rules for DNS queries: the daemon adds them where it has such services.
 		{
-			for table in raw mangle; do
-				printf '*%s\n:STEERD - [0:0]\n' $table
-				n=0
-				while [ "$n" -lt "$queues" ]; do
-					printf -- '-A STEERD -m mark --mark 0x%x/0x%x -j NFQUEUE --queue-num %d\n' \
-						$((waiting | n << low)) $mask $((first_queue + n))
-					n=$((n + 1))
-				done
-				echo COMMIT
+			printf '*mangle\n:STEERD - [0:0]\n'
+			printf -- '-A STEERD -m mark ! --mark 0x%x/0x%x -j RETURN\n' $waiting $waiting
+			n=0
+			while [ "$n" -lt "$queues" ]; do
+				printf -- '-A STEERD -m mark --mark 0x%x/0x%x -j NFQUEUE --queue-num %d\n' \
+					$((waiting | n << low)) $mask $((first_queue + n))
+				n=$((n + 1))
 			done
+			echo COMMIT
 		} | $tool-restore --noflush
-		for table in raw mangle; do
-			$tool -t $table -C PREROUTING -j STEERD 2>/dev/null || $tool -t $table -A PREROUTING -j STEERD
-		done
+		$tool -t mangle -C PREROUTING -j STEERD 2>/dev/null || $tool -t mangle -A PREROUTING -j STEERD
 	done
 }
 

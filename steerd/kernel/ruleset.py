@@ -1,9 +1,9 @@
 """The table `inet steerd`: filled in from nft/steerd.nft, loaded in one transaction, taken away whole.
 
 Where the kernel has no `queue` statement (CONFIG_NFT_QUEUE), the table only marks the packets, and one rule for each
-worker in a chain STEERD of iptables-nft's raw table (-300) and mangle table (-150) hands them over, right behind our
-chains `query` (-301) and `divert` (-151). Which of the two it is, is found out by asking the kernel, and nobody need
-know.
+worker in a chain STEERD of iptables-nft's mangle table (-150) hands them over, right behind our chain `divert` (-151);
+and of its raw table (-300), behind `query` (-301), where there are queries. Which of the two it is, is found out by
+asking the kernel, and nobody need know.
 
 `nft/install.sh` renders the same text from the same file in shell; tests/unit/test_ruleset.py holds the two together.
 """
@@ -334,7 +334,7 @@ def load(settings: Settings, contents: Contents, *, native: bool, empty_targets:
         _remove_fallback()
     else:
         # First the rules that take marked packets, then the table that marks them: in between nothing is let through.
-        _install_fallback(settings)
+        _install_fallback(settings, FALLBACK_TABLES if contents.query else ("mangle",))
     _nft(text)
 
 
@@ -369,19 +369,21 @@ def remove() -> None:
     _remove_fallback()
 
 
-def _install_fallback(settings: Settings) -> None:
-    """One NFQUEUE rule for each worker, in a chain of our own that is replaced in one transaction."""
+def _install_fallback(settings: Settings, tables: tuple[str, ...]) -> None:
+    """One NFQUEUE rule for each worker, in a chain of our own that is replaced in one transaction. Every packet on the
+    machine comes by, so `raw` has its chain only where queries are diverted."""
     mark = settings.mark
-    rules = "".join(
+    flag = f"0x{mark.flag:x}"
+    rules = f"-A {FALLBACK_CHAIN} -m mark ! --mark {flag}/{flag} -j RETURN\n" + "".join(
         f"-A {FALLBACK_CHAIN} -m mark --mark 0x{_fallback_mark(mark, number):x}/0x{mark.mask:x}"
         f" -j NFQUEUE --queue-num {settings.first_queue + number}\n"
         for number in range(settings.queues)
     )
-    text = "".join(f"*{table}\n:{FALLBACK_CHAIN} - [0:0]\n{rules}COMMIT\n" for table in FALLBACK_TABLES)
+    text = "".join(f"*{table}\n:{FALLBACK_CHAIN} - [0:0]\n{rules}COMMIT\n" for table in tables)
     jump = ["PREROUTING", "-j", FALLBACK_CHAIN]
     for tool in _IPTABLES:
         _must([f"{tool}-restore", "--noflush"], text)
-        for table in FALLBACK_TABLES:
+        for table in tables:
             if _run([tool, "-t", table, "-C", *jump]).failed:
                 _must([tool, "-t", table, "-A", *jump])
 
