@@ -184,6 +184,7 @@ class Daemon:
         self._rules: set[tuple[int, str, int]] = set()
         self._nftables = Nftables()
         self._native_queue = ruleset.has_native_queue()
+        self._sysctl_trouble = ""
         # A reload replaces rules and aliases in a thread. Whoever looks at them meanwhile would take that for somebody
         # else's doing, and work against it.
         self._changing_table = asyncio.Lock()
@@ -312,7 +313,8 @@ class Daemon:
             await asyncio.sleep(_QUEUE_REPORT_SECONDS)
 
     async def _keep_table(self) -> None:
-        """Put back what somebody removes from the table: rules, elements; know the wildcard listeners."""
+        """Put back what somebody removes from the table (rules, elements) or changes in the sysctls; know the wildcard
+        listeners."""
         loop = asyncio.get_running_loop()
         deletion = asyncio.Event()
         untranslated = self._nftables.counters().get("untranslated", 0)
@@ -328,6 +330,7 @@ class Daemon:
                     watcher.read()
                     async with self._changing_table:
                         untranslated = self._mend_table(untranslated)
+                        self._mend_sysctls()
             finally:
                 loop.remove_reader(watcher.fileno())
 
@@ -377,6 +380,28 @@ class Daemon:
             self._log.info("sysctl", what=str(difference))
         for change in sysctls.apply(Path(config.gateway.run_dir)):
             self._log.info("sysctl", what=str(change))
+
+    def _mend_sysctls(self) -> None:
+        """Set back what somebody has changed since `_set_sysctls`. Trouble that stays is told once."""
+        if not any(service.is_late for service in self._config.services):
+            return
+        try:
+            found = {difference.sysctl.name: difference for difference in sysctls.check() if difference.settable}
+            changes = sysctls.apply(Path(self._config.gateway.run_dir)) if found else []
+        except (SteerdError, OSError) as error:
+            if str(error) != self._sysctl_trouble:
+                self._log.error("sysctls cannot be set back; late steering may go wrong", why=str(error))
+            self._sysctl_trouble = str(error)
+            return
+        self._sysctl_trouble = ""
+        for change in changes:
+            self._log.warning(
+                "a sysctl that late steering needs was changed by somebody; it is set back",
+                sysctl=change.name,
+                found=change.before,
+                set_back_to=change.after,
+                why=found[change.name].sysctl.reason,
+            )
 
     def _set_wildcard_ports(self) -> None:
         ports = listeners.wildcard_ports()

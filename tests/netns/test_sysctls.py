@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from scapy.packet import Raw
 from steerd.errors import KernelError
 from steerd.kernel import sysctls
 from steerd.kernel.sysctls import Change
+from tests.netns.gateway import Gateway, gateway
 from tests.netns.lab import Host
 
 NFT = Path(__file__).resolve().parents[2] / "nft"
@@ -303,3 +305,59 @@ def test_data_of_an_unknown_connection_is_invalid_from_then_on(host: Host, tmp_p
     assert counted(2) == ["1", "1"]
     by_python(host, tmp_path, "restore")
     assert counted(3) == ["2", "1"]
+
+
+# ---- while the daemon runs ----
+
+MENDED = "a sysctl that late steering needs was changed by somebody; it is set back"
+BODY = """
+[pools.web]
+prefixes = ["10.64.0.0/30"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp"]
+inspect = ["{inspect}"]
+default = "10.64.0.1:80"
+{more}
+"""
+
+
+@pytest.fixture
+def lab(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
+    with gateway(new_host) as made:
+        yield made
+
+
+def test_what_somebody_changes_is_set_back_and_told(lab: Gateway) -> None:
+    lab.configure(BODY.format(inspect="tls", more=""))
+    before = values(lab.host, LOOSE)
+    lab.start()
+    lab.expected_warnings = [MENDED]
+    for count, (name, wrong, right) in enumerate([(LOOSE, 1, 0), (TIMESTAMPS, 0, 1), (LOOSE, 1, 0)], start=1):
+        lab.host.sh(f"sysctl -qw {name}={wrong}")
+        lab.wait(partial(mended, lab, count), f"{name} is set back")
+        assert values(lab.host, name) == [right]
+        *_, event = (event for event in lab.events() if event["event"] == MENDED)
+        assert (event["level"], event["sysctl"]) == ("warning", name)
+        assert (event["found"], event["set_back_to"]) == (wrong, right)
+        assert event["why"] == next(each.reason for each in sysctls.wanted() if each.name == name)
+    lab.stop()
+    with lab.host.entered():
+        sysctls.restore(lab.directory / "run")
+    assert values(lab.host, LOOSE, TIMESTAMPS) == [*before, 0], "what each was before steerd's first change"
+
+
+def mended(lab: Gateway, count: int) -> bool:
+    return lab.count_events(MENDED) == count
+
+
+def test_without_late_services_they_are_nobodys_business(lab: Gateway) -> None:
+    lab.configure(BODY.format(inspect="port-extension", more='unextended = "default"'))
+    lab.start()
+    lab.host.sh(f"sysctl -qw {LOOSE}=1")
+    # The same look at the table that puts rules back would set sysctls back.
+    lab.host.sh("nft flush chain inet steerd guard")
+    removed = "rules of steerd were removed by somebody; they are back"
+    lab.expected_warnings = [removed]
+    lab.wait(lambda: lab.count_events(removed) == 1, "the rules are back")
+    lab.stop()
+    assert values(lab.host, LOOSE) == [1]
