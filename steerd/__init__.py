@@ -43,7 +43,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     config.py      TOML to values; every mistake found, each with its key
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
-    core/          engine, router, sessions, pending (first payloads), datagrams, pools, leases, marks,
+    core/          engine, explain, router, sessions, pending (first payloads), datagrams, pools, leases, marks,
                    plan (have and want -> what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,

@@ -777,6 +777,12 @@ _SPELLINGS: dict[str, Callable[[str], str]] = {
 """For keys whose values people spell in several ways: the way that the parser spells them."""
 
 
+def as_parsed(key: str, text: str) -> tuple[str, str]:
+    """A key and its value, as people write them, in the way that a parser spells them. Raises ValueError."""
+    key = _normal_key(key)
+    return key, _SPELLINGS[key](text) if key in _SPELLINGS else text
+
+
 def _condition(key: str, value: object, parser: str) -> Condition:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"Must be text in quotes or a whole number, not {_shown(value)}.")

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steerd import config as configuration
+from steerd.cli import explain as explaining
 from steerd.cli.main import DEFAULT_CONFIG, EXIT_BAD_CONFIG, EXIT_FAILED, ConfigFile, progress_bar
 from steerd.errors import ConfigError, SteerdError
 from steerd.telemetry.counters import Counters, Extra
@@ -110,6 +111,34 @@ def probe(
     except OSError as error:
         raise SteerdError(f"{host} cannot be probed: {error.strerror}.") from error
     sys.exit(status)
+
+
+@app.command()
+def explain(
+    capture: explaining.CaptureFile = None,
+    hexadecimal: explaining.Hex = None,
+    to: explaining.To = None,
+    client: explaining.From = None,
+    sni: explaining.Sni = None,
+    host: explaining.Host = None,
+    path: explaining.PathOf = None,
+    key: explaining.Key = None,
+    extension: explaining.DstExtension = None,
+    source_extension: explaining.SrcExtension = None,
+    live_seconds: explaining.Live = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Say step by step what would become of a connection, by what is in force: the daemon's registry, if it can be
+    read (as root), else the configuration alone.
+
+    Exit status: 0 steered, 1 not steered, 2 bad configuration or usage.
+    """
+    question = explaining.asked(
+        capture, hexadecimal, live_seconds, to, client, sni, host, path, key, extension, source_extension
+    )
+    status = explaining.explain(configuration.load(config), question, from_registry=True, as_json=as_json)
+    raise typer.Exit(status)
 
 
 @session.command("list")

@@ -1,4 +1,4 @@
-"""`steerd`: run the daemon, check a configuration, take everything away."""
+"""`steerd`: run the daemon, check a configuration, explain what it does, take everything away."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from steerd import config as configuration
+from steerd.cli import explain as explaining
 from steerd.cli import live
 from steerd.errors import ConfigError, SteerdError
 
@@ -44,6 +45,33 @@ def check(
         if problems:
             raise ConfigError(str(file), problems)
     typer.echo("ok")
+
+
+@app.command()
+def explain(
+    file: ConfigFile,
+    capture: explaining.CaptureFile = None,
+    hexadecimal: explaining.Hex = None,
+    to: explaining.To = None,
+    client: explaining.From = None,
+    sni: explaining.Sni = None,
+    host: explaining.Host = None,
+    path: explaining.PathOf = None,
+    key: explaining.Key = None,
+    extension: explaining.DstExtension = None,
+    source_extension: explaining.SrcExtension = None,
+    live_seconds: explaining.Live = None,
+    as_json: explaining.Json = False,
+) -> None:
+    """Say step by step what would become of a connection, by the configuration alone. Needs neither root nor a daemon.
+
+    Exit status: 0 steered, 1 not steered, 2 bad configuration or usage.
+    """
+    question = explaining.asked(
+        capture, hexadecimal, live_seconds, to, client, sni, host, path, key, extension, source_extension
+    )
+    status = explaining.explain(configuration.load(file), question, from_registry=False, as_json=as_json)
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -23,7 +23,7 @@ import msgspec
 from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import sessions as session_table
 from steerd.control.leases import Effects, LeaseTable, NoEffects
-from steerd.control.routes import RouteTable
+from steerd.control.routes import RouteTable, stored_route
 from steerd.control.sessions import SessionTable
 from steerd.control.store import IdGiver, Store, open_to_read, plan_of, target_of
 from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan
@@ -31,7 +31,7 @@ from steerd.core.pending import Limits
 from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
 from steerd.errors import RegistryError
-from steerd.model import Reason, Target
+from steerd.model import Reason, Route, Target
 from steerd.wire.registry import DATAGRAMS, REGISTRY
 
 _UNEXTENDED = {
@@ -169,6 +169,7 @@ class Reader:
             self._dynamic = self._env.open_db(b"dynamic", create=False)
             self._plan = self._env.open_db(b"plan", create=False)
             self._sessions = self._env.open_db(b"sessions", create=False)
+            self._leased = self._env.open_db(b"leased", create=False)
             self._txn: lmdb.Transaction[bytes] | None = None
         except lmdb.Error as error:
             raise RegistryError(f"the registry in {state_dir}/registry cannot be read: {error}") from error
@@ -210,6 +211,24 @@ class Reader:
         """What a router key leads to: packed TargetIds, and what else the table keeps with them."""
         assert self._txn is not None, "a route is looked up where no decision is being made"
         return self._txn.get(key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes)
+
+    def routes_of(self, service: str, probe: Probe) -> Iterator[Route]:
+        """All routes that a probe may find, as `control.routes.stored_route` gives them, while no other method is
+        called; for explanations."""
+        assert self._txn is not None, "routes are looked up where no decision is being made"
+        with self._txn.cursor(db=self._dynamic if probe.number[0] & _DYNAMIC_BIT else self._routes) as cursor:
+            there = cursor.set_range(probe.number)
+            while there and cursor.key().startswith(probe.number):
+                route = stored_route(service, probe, *cursor.item())
+                if route is not None:
+                    yield route
+                there = cursor.next()
+
+    def lease_of(self, address: bytes) -> str | None:
+        """The name of the lease that has an address (packed), as it is now."""
+        with self._env.begin() as txn:
+            name = txn.get(address, db=self._leased)
+            return None if name is None else str(name, "ascii")
 
     def session(self, service: str, session_id: str) -> Session | None:
         """The session of a service that has this id, as it is at this moment."""

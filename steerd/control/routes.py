@@ -56,6 +56,7 @@ from steerd.core.router import (
     rivals,
     route_at,
     shape_of,
+    shape_of_probe,
     sight,
     table_key,
     values_of,
@@ -685,6 +686,23 @@ class RouteTable:
             usable=True,
             place=route.name,
         )
+
+
+def stored_route(service: str, probe: Probe, key: bytes, value: bytes) -> Route | None:
+    """A route (without targets) from the table that workers look in, named by where it comes from:
+    `services.web.routes[3]`, `dynamic` or `lease`. None for a static one of whose values the key holds a digest."""
+    shape = shape_of_probe(probe)
+    if not key[0] & DYNAMIC >> 24:
+        name = origin_of(service, key, value)
+        return None if has_digest(shape, key) else route_at(shape, key)._replace(name=name)
+    return route_at(shape, key, _Entry.unpack(value).values)._replace(name=origin_of(service, key, value))
+
+
+def origin_of(service: str, key: bytes, value: bytes) -> str:
+    """Where a route of the table comes from."""
+    if not key[0] & DYNAMIC >> 24:
+        return f"services.{service}.routes[{_ID.unpack_from(value, _IDS.size)[0]}]"
+    return "lease" if _Entry.unpack(value).flags & LEASE else "dynamic"
 
 
 def _not_right(error: ConfigError) -> RequestError:

@@ -26,22 +26,27 @@ payload will decide; elsewhere `unextended` speaks for it.
 
 from __future__ import annotations
 
+import ipaddress
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup
 from steerd.core.sessions import Claim, Session, SessionsPlan, judge
-from steerd.model import Answer, Extension, Keys, Outcome, Reason
+from steerd.model import UDP, Answer, Extension, Keys, Outcome, Reason
 from steerd.wire import portext, proxy, quic, quic_lb
 from steerd.wire.packet import Packet
 from steerd.wire.registry import DATAGRAMS, REGISTRY, Inspect, InspectDatagrams
 
 NO_TARGET = 0
 NOT_EXTENDED = Extension(0, 0)
+
+Watch = Callable[[str, Keys | Answer], None]
+"""Is told what each parser that is asked answers, by name."""
+_Data = TypeVar("_Data")
 
 
 class TargetIds(msgspec.Struct, frozen=True, array_like=True):
@@ -193,13 +198,14 @@ class _Reading(NamedTuple):
 
 class Engine:
     """Decides for one plan. `get` looks a route up: router key -> packed TargetIds, or None; `find` a session, by
-    service and id."""
+    service and id. `watch` is for those who want to explain a decision (core.explain)."""
 
     def __init__(
         self,
         plan: Plan,
         get: Callable[[bytes], bytes | None],
         find: Callable[[str, str], Session | None] = no_session,
+        watch: Watch | None = None,
     ) -> None:
         self._get = get
         self._find = find
@@ -207,10 +213,10 @@ class Engine:
         self._services = [
             _Service(
                 service,
-                [_inspector(parser) for parser in service.payload_parsers if parser.name != proxy.PARSER.name],
+                [_inspector(parser, watch) for parser in service.payload_parsers if parser.name != proxy.PARSER.name],
                 any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
                 _trusted(service.trusted_proxies),
-                [_datagram_inspector(parser) for parser in service.datagram_parsers],
+                [_datagram_inspector(parser, watch) for parser in service.datagram_parsers],
                 any(DATAGRAMS[parser.name].every for parser in service.datagram_parsers),
             )
             for service in plan.services
@@ -272,6 +278,29 @@ class Engine:
         if decision.outcome in (Outcome.RESET, Outcome.ALERT):
             return decision._replace(outcome=Outcome.DROP)
         return decision
+
+    def decide_keys(self, packet: Packet, keys: Keys) -> Decision:
+        """Decide as if inspection had found these keys in what the packet's connection, or flow, says first; of the
+        packet, its payload is not read. For explanations: no client is decided by this."""
+        service = self._service_at(packet)
+        if service is None:
+            return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+        plan = service.plan
+        extension, malformed = self._extension(service, packet)
+        reading = _as_if_read(service, packet, dict(keys))
+        otherwise = plan.unextended
+        if extension.dst or reading.keys or plan.unextended is Reason.LATE:
+            otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
+        reading.keys.update(portext.keys(extension, packet.dport))
+        decision = self._choose(service, packet, reading, extension, otherwise, malformed)
+        if packet.protocol == UDP and decision.outcome in (Outcome.RESET, Outcome.ALERT):
+            return decision._replace(outcome=Outcome.DROP)
+        return decision
+
+    def plan_at(self, packet: Packet) -> ServicePlan | None:
+        """The service that a packet is for; None if it was not sent to an endpoint."""
+        service = self._service_at(packet)
+        return None if service is None else service.plan
 
     def decides_every_datagram(self, packet: Packet) -> bool:
         """Whether each datagram of this one's service is decided by itself."""
@@ -360,14 +389,28 @@ class Engine:
         return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed)
 
 
-def _inspector(parser: PayloadParser) -> tuple[Inspect, bool]:
+def _inspector(parser: PayloadParser, watch: Watch | None) -> tuple[Inspect, bool]:
     registered = REGISTRY[parser.name]
-    return registered.make(tuple(parser.patterns)), registered.exclusive
+    return _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
 
 
-def _datagram_inspector(parser: PayloadParser) -> tuple[InspectDatagrams, bool]:
+def _datagram_inspector(parser: PayloadParser, watch: Watch | None) -> tuple[InspectDatagrams, bool]:
     registered = DATAGRAMS[parser.name]
-    return registered.make(tuple(parser.patterns)), registered.exclusive
+    return _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
+
+
+def _watched(
+    name: str, inspect: Callable[[_Data], Keys | Answer], watch: Watch | None
+) -> Callable[[_Data], Keys | Answer]:
+    if watch is None:
+        return inspect
+
+    def inspect_and_tell(data: _Data) -> Keys | Answer:
+        answer = inspect(data)
+        watch(name, answer)
+        return answer
+
+    return inspect_and_tell
 
 
 def _trusted(proxies: list[tuple[bytes, int]] | None) -> list[tuple[int, int, int]] | None:
@@ -430,4 +473,15 @@ def _read_datagrams(service: _Service, packet: Packet, payloads: Sequence[bytes]
         server_id = quic_lb.server_id(service.plan.connection_ids, bytes.fromhex(keys[quic.CONNECTION_ID]))
         if server_id is not None:
             keys[quic.SERVER_ID] = server_id.hex()
+    return _Reading(keys, True, packet.src, refused)
+
+
+def _as_if_read(service: _Service, packet: Packet, keys: Keys) -> _Reading:
+    """What a payload with these keys would have said."""
+    if any(key.startswith("proxy.") for key in keys) and service.trusted is not None:
+        if not _is_trusted(service.trusted, packet.src):
+            return _Reading(keys, True, packet.src, Reason.UNTRUSTED_PROXY)
+        if "proxy.source" in keys:
+            return _Reading(keys, True, ipaddress.ip_address(keys["proxy.source"]).packed)
+    refused = Reason.UNKNOWN_CONNECTION if keys.get(quic.PACKET) in quic.MID_CONNECTION else None
     return _Reading(keys, True, packet.src, refused)

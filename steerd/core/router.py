@@ -163,6 +163,67 @@ def lookup(
     return None
 
 
+def matches(
+    probes: Iterable[Probe], keys: Keys, source: bytes, get: Callable[[bytes], bytes | None]
+) -> Iterator[tuple[Probe, bytes, bytes]]:
+    """All routes that match, the best first, each as its probe, its key in the table and what the table holds for it:
+    `lookup` gives the first. For explanations."""
+
+    def get_with_key(key: bytes) -> bytes | None:
+        found = get(key)
+        return None if found is None else len(key).to_bytes(2, "big") + key + found
+
+    for probe in probes:
+        found = lookup([probe], keys, source, get_with_key)
+        if found is not None:
+            end = 2 + int.from_bytes(found[:2], "big")
+            yield probe, found[2:end], found[end:]
+
+
+def seen_by(probe: Probe, keys: Keys, source: bytes) -> Route:
+    """The route (without name and targets) of this probe that these keys and this source match."""
+    conditions = []
+    for key, match, length in probe.parts:
+        text = keys[key] if match is Match.EXACT else _cut(keys[key], match, length)
+        assert text is not None, "a probe that does not match has no such route"
+        conditions.append(Condition(key, match, text))
+    shape = shape_of_probe(probe)
+    network = ipaddress.ip_network((source, shape.source_length), strict=False) if probe.source_width else None
+    return Route("", tuple(conditions), network, ())
+
+
+def shape_of_probe(probe: Probe) -> Shape:
+    """The shape that a probe looks for."""
+    if not probe.source_width:
+        return Shape(probe.parts, 0, _NO_SOURCE)
+    return Shape(probe.parts, 4 if probe.source_width == 4 else 6, probe.source_width * 8 - probe.source_shift)
+
+
+def failing(route: Route, keys: Keys, source: bytes) -> list[Condition | IPNetwork]:
+    """What of a route keeps it from matching; nothing if it matches. For explanations."""
+    wrong: list[Condition | IPNetwork] = [
+        condition for condition in route.conditions if not _holds(condition, keys.get(condition.key))
+    ]
+    if route.source is not None and ipaddress.ip_address(source) not in route.source:
+        wrong.append(route.source)
+    return wrong
+
+
+def _holds(condition: Condition, text: str | None) -> bool:
+    if text is not None and condition.match is not Match.EXACT:
+        text = _cut(text, condition.match, len(condition.value))
+    return text == condition.value
+
+
+def deciding_rule(better: Shape, worse: Shape) -> int:
+    """Which of the five rules puts one shape before another: 1 to 5; 0 where they are the same shape, a static one and
+    a dynamic one. For explanations."""
+    if better == worse:
+        return 0
+    pairs = zip(_first_rules(better), _first_rules(worse), strict=True)
+    return next((number for number, (one, other) in enumerate(pairs, 1) if one != other), 5)
+
+
 def compile_routes(routes: Sequence[Route], inspect_keys: InspectKeys, number_of: Callable[[Shape], int]) -> Compiled:
     """Probes and table entries for the static routes of one service, which are without conflicts; no route names a key
     twice. `number_of` gives shapes their numbers. Raises ValueError for a key that no parser gives, and for more than
@@ -347,18 +408,22 @@ def _by_precedence(inspect_keys: InspectKeys) -> Callable[[Shape], tuple[object,
 
     @functools.cache
     def precedence(shape: Shape) -> tuple[object, ...]:
-        return (
-            any(part.match is not Match.EXACT for part in shape.parts),
-            -sum(part.length for part in shape.parts),
-            -(len(shape.parts) + (shape.source_length != _NO_SOURCE)),
-            -shape.source_length,
-            sorted_ranks(shape),
-        )
+        return *_first_rules(shape), sorted_ranks(shape)
 
     def sorted_ranks(shape: Shape) -> tuple[int, ...]:
         return tuple(sorted(rank(part.key) for part in shape.parts))
 
     return precedence
+
+
+def _first_rules(shape: Shape) -> tuple[object, ...]:
+    """The rules but the last one, smaller is better."""
+    return (
+        any(part.match is not Match.EXACT for part in shape.parts),
+        -sum(part.length for part in shape.parts),
+        -(len(shape.parts) + (shape.source_length != _NO_SOURCE)),
+        -shape.source_length,
+    )
 
 
 def shape_of(route: Route) -> Shape:

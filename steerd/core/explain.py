@@ -1,0 +1,773 @@
+"""Why a connection goes where it goes, step by step. Pure: a plan, what the registry holds, and packets (or keys) go
+in, an explanation comes out.
+
+**It cannot disagree with the engine, since it asks the engine.** Every decision in an explanation is one that
+`Engine.decide_*` made; the engine tells what each parser answered, and what it looked up is looked up once more by the
+same functions of core.router. Only what the kernel's table does with the decision is words of this file, which follow
+the chains of nft/steerd.nft.
+
+Not seen here: limits (of sources, of what may be undecided at a time), a client's old connection that is still in
+conntrack, sessions that are claimed by somebody else at the same time, segments that contradict each other, and whether
+a daemon listens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+import ipaddress
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from steerd.core.datagrams import MAX_DATAGRAMS
+from steerd.core.engine import NOT_EXTENDED, Decision, EndpointPlan, Engine, Plan, ServicePlan
+from steerd.core.marks import ASK_ID, PASS_ID, RESET_ID, MarkLayout
+from steerd.core.router import Probe, deciding_rule, failing, matches, seen_by, shape_of
+from steerd.core.sessions import Session
+from steerd.model import (
+    PROTOCOL_NAMES,
+    TCP,
+    UDP,
+    Answer,
+    Condition,
+    Endpoint,
+    Extension,
+    Flow,
+    IPNetwork,
+    Keys,
+    Match,
+    Outcome,
+    Reason,
+    Route,
+    Target,
+)
+from steerd.wire import portext, proxy, quic
+from steerd.wire.packet import ACK, RST, SYN, Packet
+from steerd.wire.registry import DATAGRAMS, REGISTRY
+
+MAX_LOOKED_AT = 100_000
+"""Routes of a service that are looked through for those that nearly match: a second's work."""
+
+_MAX_NEAR = 3
+_LIKE = 0.6
+"""How much alike two texts are that may have been meant to be the same (difflib.get_close_matches has it too)."""
+_MAX_SHOWN = 200
+_CONTROL = SYN | ACK | RST
+_SEQUENCE = 0xFFFFFFFF
+_RULES = (
+    "they are of one shape, and a static route counts before a dynamic one",
+    "it has exact conditions only, the other one has a pattern",
+    "its patterns are longer",
+    "it has more conditions",
+    "its source prefix is longer",
+    "its keys come first in the order of inspect",
+)
+
+Kind = Literal["syn", "first", "datagram", "query"]
+"""What decides: a SYN, the first payload of a TCP connection, the first datagrams of a flow, or one datagram alone."""
+
+
+class Known(NamedTuple):
+    """What there is to decide by."""
+
+    plan: Plan
+    get: Callable[[bytes], bytes | None]
+    """As Engine's."""
+    find: Callable[[str, str], Session | None]
+    """As Engine's."""
+    target: Callable[[int], Target | None]
+    """What a target id stands for."""
+    routes: Callable[[str, Probe], Iterable[Route]]
+    """All routes of a service that a probe may find, each named by where it comes from."""
+    origin: Callable[[str, bytes, bytes], str]
+    """Where a service's route comes from, by its key in the table and what the table holds for it."""
+    is_alias: Callable[[bytes], bool]
+    """Whether a packed address is in a pool."""
+
+
+class Step(NamedTuple):
+    """One step of an explanation: what it is about, in a word, and a sentence."""
+
+    about: str
+    text: str
+
+
+class Said(NamedTuple):
+    """What a parser that was asked answered."""
+
+    parser: str
+    answer: Keys | Answer
+
+
+class Near(NamedTuple):
+    """A route that would match if this one condition of it held."""
+
+    route: Route
+    wrong: Condition | IPNetwork
+
+
+class Explanation(NamedTuple):
+    """Of one connection, flow or datagram."""
+
+    packet: Packet
+    """The last packet that was looked at."""
+    kind: Kind
+    service: str
+    """Empty: none."""
+    decision: Decision | None
+    """None: what there is does not suffice."""
+    target: Target | None
+    mark: int | None
+    """What the packet's mark says in the bits that are ours when the worker lets it go on; None: it does not go on."""
+    parsers: tuple[Said, ...]
+    matched: tuple[Route, ...]
+    """All routes that match, the best first."""
+    near: tuple[Near, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def is_steered(self) -> bool:
+        return self.decision is not None and self.decision.outcome is Outcome.STEER
+
+
+class Explainer:
+    """Explains by one plan."""
+
+    def __init__(self, known: Known) -> None:
+        self._known = known
+        self._mark = MarkLayout(known.plan.mark_low, known.plan.mark_high)
+        self._said: list[Said] = []
+        self._sessions: list[tuple[str, Session | None]] = []
+        self._engine = Engine(known.plan, known.get, self._find, self._saw)
+
+    def syn(self, packet: Packet) -> Explanation:
+        """Why a SYN is decided as it is."""
+        self._begin()
+        decision = self._engine.decide_syn(packet)
+        return self._explanation(packet, "syn", [packet.payload] if packet.payload else [], decision)
+
+    def first(self, packet: Packet, data: bytes) -> Explanation:
+        """Why a connection is decided by its first payload, as far as it came; `packet` is any of its segments."""
+        self._begin()
+        decision = self._engine.decide_first(packet, data)
+        return self._explanation(packet, "first", [data], None if decision is Answer.NEED_MORE else decision)
+
+    def datagrams(self, packet: Packet, payloads: Sequence[bytes]) -> Explanation:
+        """Why a flow is decided by its datagrams so far; `packet` is the last of them."""
+        self._begin()
+        decision = self._engine.decide_datagrams(packet, payloads)
+        kind: Kind = "query" if self._engine.decides_every_datagram(packet) else "datagram"
+        return self._explanation(packet, kind, payloads, None if decision is Answer.NEED_MORE else decision)
+
+    def payload(self, packet: Packet, data: bytes) -> Explanation:
+        """What would become of a client that says this over TCP; `packet` stands for its SYN, without data. Where
+        only SYNs decide, the data are in the SYN."""
+        plan = self._engine.plan_at(packet)
+        if plan is None or plan.unextended is not Reason.LATE:
+            return self.syn(packet._replace(payload=data))
+        return self._by_syn(packet, "the payload") or self.first(packet, data)
+
+    def parsers(self, packet: Packet) -> list[str]:
+        """The payload parsers that a packet's service asks, in that order."""
+        plan = self._engine.plan_at(packet)
+        if plan is None:
+            return []
+        return [parser.name for parser in (plan.payload_parsers if packet.protocol == TCP else plan.datagram_parsers)]
+
+    def is_to_endpoint(self, packet: Packet) -> bool:
+        """Whether a packet was sent to an endpoint."""
+        return self._engine.plan_at(packet) is not None
+
+    def keys(self, packet: Packet, keys: Keys) -> Explanation:
+        """What would become of a client that says what has these keys; `packet` stands for its SYN or datagram, with
+        its options and without payload."""
+        plan = self._engine.plan_at(packet)
+        if plan is None or (packet.protocol == TCP and not keys):
+            return self.syn(packet)._replace(kind="syn" if packet.protocol == TCP else "datagram")
+        self._begin()
+        if packet.protocol == UDP:
+            kind: Kind = "query" if self._engine.decides_every_datagram(packet) else "datagram"
+        else:
+            told = self._by_syn(packet, ", ".join(keys)) if plan.unextended is Reason.LATE else None
+            if told is not None:
+                return told
+            kind = "first" if plan.unextended is Reason.LATE else "syn"
+        self._begin()
+        wanted, ignored_steps = _readable(plan, packet.protocol, keys)
+        decision = self._engine.decide_keys(packet, wanted)
+        return self._explanation(packet, kind, [], decision, before=ignored_steps)
+
+    def capture(self, packets: Iterable[Packet], *, joined_late: bool = False) -> Iterator[Explanation]:
+        """One explanation for each connection and flow to an endpoint, in the order of their first packets, by as many
+        of its packets as it takes. `joined_late`: of TCP, only connections whose SYN is there."""
+        found: list[list[Packet]] = []
+        last: dict[tuple[int, Flow], list[Packet]] = {}
+        for packet in packets:
+            plan = self._engine.plan_at(packet)
+            if plan is None:
+                continue
+            of = packet.protocol, packet.flow
+            before = last.get(of)
+            is_new = _is_syn(packet) and before is not None and before[0].seq != packet.seq
+            if before is None or is_new or (packet.protocol == UDP and self._engine.decides_every_datagram(packet)):
+                last[of] = []
+                found.append(last[of])
+            last[of].append(packet)
+        for connection in found:
+            if connection[0].protocol == UDP:
+                yield self._captured_datagrams(connection)
+            elif _is_syn(connection[0]) or (not joined_late and any(packet.payload for packet in connection)):
+                yield self._captured_connection(connection)
+
+    def _by_syn(self, packet: Packet, rest: str) -> Explanation | None:
+        """Of a connection to a late service: if its SYN alone decides, by an extension, and `rest` comes too late."""
+        told = self.syn(packet)
+        if told.decision is None or told.decision.outcome is Outcome.LATE:
+            return None
+        ignored = Step("ignored", f"The SYN alone decides, by its extension; {rest} would count in the SYN only.")
+        return told._replace(steps=(*told.steps, ignored))
+
+    # ---- captures ----
+
+    def _captured_datagrams(self, packets: list[Packet]) -> Explanation:
+        told = None
+        for count in range(1, min(len(packets), MAX_DATAGRAMS) + 1):
+            told = self.datagrams(packets[count - 1], [packet.payload for packet in packets[:count]])
+            if told.decision is not None:
+                break
+        assert told is not None, "a flow has a datagram"
+        return told
+
+    def _captured_connection(self, packets: list[Packet]) -> Explanation:
+        first = packets[0]
+        before: tuple[Step, ...] = (
+            Step("capture", "There is no SYN of it; its first segment here is taken for the first."),
+        )
+        if _is_syn(first):
+            told = self.syn(first)
+            if told.decision is None or told.decision.outcome is not Outcome.LATE:
+                return told
+            before = (Step("capture", "Its SYN says too little; the kernel answers it by itself, with a cookie."),)
+        else:
+            plan = self._engine.plan_at(first)
+            told = self._not_asked(first)
+            if plan is None or plan.unextended is not Reason.LATE:
+                return told
+        data, segments = b"", 0
+        for last, data in _payload_so_far(packets):
+            segments += 1
+            told = self.first(last, data)
+            if told.decision is not None:
+                break
+        if not segments:
+            return told
+        count = Step("capture", f"{segments} segments with {len(data)} bytes of its first payload were looked at.")
+        return told._replace(steps=(*before, count, *told.steps))
+
+    def _not_asked(self, packet: Packet) -> Explanation:
+        text = "Only SYNs are looked at here; what follows a SYN goes where conntrack sends its connection."
+        plan = self._engine.plan_at(packet)
+        name = "" if plan is None else plan.name
+        return Explanation(packet, "first", name, None, None, None, (), (), (), (Step("table", text),))
+
+    # ---- what the engine says while it decides ----
+
+    def _begin(self) -> None:
+        self._said.clear()
+        self._sessions.clear()
+
+    def _saw(self, parser: str, answer: Keys | Answer) -> None:
+        self._said.append(Said(parser, dict(answer) if isinstance(answer, dict) else answer))
+
+    def _find(self, service: str, session_id: str) -> Session | None:
+        found = self._known.find(service, session_id)
+        self._sessions.append((session_id, found))
+        return found
+
+    # ---- the steps ----
+
+    def _explanation(
+        self,
+        packet: Packet,
+        kind: Kind,
+        payloads: Sequence[bytes],
+        decision: Decision | None,
+        before: Iterable[Step] = (),
+    ) -> Explanation:
+        plan = self._engine.plan_at(packet)
+        steps = [*self._endpoint(packet, plan), *before]
+        if plan is None:
+            return Explanation(packet, kind, "", decision, None, None, (), (), (), tuple(steps))
+        if kind == "first" and plan.unextended is not Reason.LATE:
+            return self._not_asked(packet)._replace(decision=decision)
+        steps.append(Step("when", _when(plan, kind)))
+        extension = self._extension(plan, packet)
+        if kind != "first":
+            steps += self._extension_step(plan, packet)
+        steps += _proxy_step(plan, packet, kind, payloads)
+        steps += self._parsers(plan, kind, payloads)
+        keys = {} if decision is None else decision.keys
+        if keys:
+            steps.append(Step("keys", ", ".join(f"{key}={shown(value)}" for key, value in keys.items())))
+        matched: tuple[Route, ...] = ()
+        near: tuple[Near, ...] = ()
+        if decision is not None and decision.outcome is not Outcome.LATE:
+            if decision.reason is not Reason.UNTRUSTED_PROXY:
+                steps += self._session(plan, decision)
+            if decision.reason is not Reason.UNTRUSTED_PROXY and not self._is_known_session:
+                source = _source(plan, packet, keys)
+                matched = tuple(self._matching(plan, keys, source))
+                near, looked_at_all = self._near(plan, keys, source)
+                steps += _routes(plan, matched, near, looked_at_all)
+                if not matched:
+                    steps += _arithmetic(plan, packet, extension, decision)
+        target = self._known.target(decision.target_id) if decision is not None and decision.target_id else None
+        mark = self._written(kind, decision)
+        steps += _outcome(plan, packet, kind, decision, target, mark, matched, self._is_known_session)
+        if decision is not None:
+            texts = _chains(packet, kind, decision, target, len(payloads), self._is_diverted(packet))
+            steps += [Step("table", text) for text in texts]
+        return Explanation(
+            packet, kind, plan.name, decision, target, mark, tuple(self._said), matched, near, tuple(steps)
+        )
+
+    @property
+    def _is_known_session(self) -> bool:
+        """Whether a session decided, so that no route was asked."""
+        return any(session is not None for _, session in self._sessions)
+
+    def _is_diverted(self, packet: Packet) -> bool:
+        """Whether the table hands a SYN to a worker although its endpoint is a late one (chains select4, select6)."""
+        options = packet.ip_options or packet.dst_options
+        return bool(options or packet.payload) or self._known.plan.numbers.tcp_option in _kinds(packet.tcp_options)
+
+    def _endpoint(self, packet: Packet, plan: ServicePlan | None) -> Iterator[Step]:
+        asked = f"{_address(packet.dst, packet.dport)}/{PROTOCOL_NAMES[packet.protocol]}"
+        if plan is not None:
+            yield Step("endpoint", f"{asked} is an endpoint of the service {plan.name}.")
+            return
+        close = [str(endpoint) for endpoint in self._close_endpoints(packet)]
+        there_are = f"; near it: {', '.join(close)}" if close else ""
+        yield Step("endpoint", f"{asked} is no endpoint of any service{there_are}.")
+        if self._known.is_alias(packet.dst):
+            yield Step(
+                "table", "It is an alias, which nobody reaches but by a decision: chain direct drops the packet."
+            )
+        else:
+            yield Step("table", "No chain of the table has to do with it: it goes its way as if steerd were not there.")
+
+    def _close_endpoints(self, packet: Packet) -> list[Endpoint]:
+        """Of the same address, nearest port first; or else of the same port and family."""
+
+        def distance(plan: EndpointPlan) -> tuple[bool, int]:
+            gap = max(plan.first_port - packet.dport, packet.dport - plan.last_port, 0)
+            return plan.protocol != packet.protocol, gap
+
+        plans = self._known.plan.endpoints
+        found = [plan for plan in plans if plan.address == packet.dst] or [
+            plan
+            for plan in plans
+            if len(plan.address) == len(packet.dst) and plan.first_port <= packet.dport <= plan.last_port
+        ]
+        return [
+            Endpoint(ipaddress.ip_address(plan.address), plan.first_port, plan.last_port, plan.protocol)
+            for plan in heapq.nsmallest(_MAX_NEAR, found, key=distance)
+        ]
+
+    def _extension(self, plan: ServicePlan, packet: Packet) -> Extension:
+        found = portext.find(packet, self._known.plan.numbers) if plan.reads_extension else None
+        return found if isinstance(found, Extension) else NOT_EXTENDED
+
+    def _extension_step(self, plan: ServicePlan, packet: Packet) -> Iterator[Step]:
+        found = portext.find(packet, self._known.plan.numbers)
+        if not plan.reads_extension:
+            if found is not None:
+                yield Step("extension", "Its port extension is not read: inspect does not name port-extension.")
+        elif found is None:
+            yield Step("extension", "It carries no port extension.")
+        elif isinstance(found, Extension):
+            port = found.dst * 65536 + packet.dport
+            extended = f"; the extended port is {port}" if found.dst else ""
+            yield Step("extension", f"Destination extension {found.dst}, source extension {found.src}{extended}.")
+        else:
+            yield Step("extension", "It carries a malformed port extension, or more than one: counted, and ignored.")
+
+    def _parsers(self, plan: ServicePlan, kind: Kind, payloads: Sequence[bytes]) -> Iterator[Step]:
+        is_stream = kind in ("syn", "first")
+        parsers = plan.payload_parsers if is_stream else plan.datagram_parsers
+        size = sum(map(len, payloads))
+        for said in self._said:
+            yield Step("parser", f"{said.parser}: {_answer(said, is_stream, size, len(payloads))}")
+        asked = {said.parser for said in self._said}
+        rest = [parser.name for parser in parsers if parser.name not in asked and parser.name != proxy.PARSER.name]
+        if rest and asked:
+            last = self._said[-1]
+            why = "needs more first" if last.answer is Answer.NEED_MORE else "recognised its protocol"
+            yield Step("parser", f"{', '.join(rest)}: not asked, since {last.parser} {why}.")
+
+    def _session(self, plan: ServicePlan, decision: Decision) -> Iterator[Step]:
+        if plan.sessions is None:
+            return
+        if not self._sessions:
+            yield Step("session", f"It carries no session id: {plan.sessions.key} was not found.")
+        for session_id, session in self._sessions:
+            known = f"The session id {shown(session_id)} ({plan.sessions.key})"
+            if session is None:
+                yield Step("session", f"{known} is not known: routes decide.")
+                continue
+            if not session.usable:
+                yield Step("session", f"{known} is known, but its target is not for use under this configuration.")
+                continue
+            owner = f"belongs to {ipaddress.ip_address(session.source)}" if session.source else "has no source yet"
+            text = f"{known} is known and {owner}; on_new_source is {plan.sessions.on_new_source}"
+            if decision.reason is Reason.SESSION_REFUSED:
+                text += ": refused"
+            elif decision.claim is not None:
+                text += ": the client's address is written down as its source first"
+            yield Step("session", f"{text}.")
+
+    def _matching(self, plan: ServicePlan, keys: Keys, source: bytes) -> Iterator[Route]:
+        for probe, key, value in matches(plan.probes, keys, source, self._known.get):
+            ids = (int.from_bytes(value[:4], "big"), int.from_bytes(value[4:8], "big"))
+            targets = tuple(target for id_ in ids if id_ and (target := self._known.target(id_)) is not None)
+            name = self._known.origin(plan.name, key, value)
+            yield seen_by(probe, keys, source)._replace(name=name, targets=targets)
+
+    def _near(self, plan: ServicePlan, keys: Keys, source: bytes) -> tuple[tuple[Near, ...], bool]:
+        """The routes that come closest to matching, and whether all were looked at."""
+        routes = itertools.chain.from_iterable(self._known.routes(plan.name, probe) for probe in plan.probes)
+        found: list[tuple[float, int, Near]] = []
+        matchers: dict[str, difflib.SequenceMatcher[str]] = {}
+        number = 0
+        for number, route in enumerate(routes, 1):
+            if number > MAX_LOOKED_AT:
+                break
+            wrong = failing(route, keys, source)
+            if len(wrong) == 1:
+                held = len(route.conditions) + (route.source is not None) - 1
+                alike = _alike(wrong[0], keys, matchers)
+                if held or alike >= _LIKE:
+                    # The number keeps equals in the order in which they were found.
+                    found.append((held + alike, -number, Near(route, wrong[0])))
+        best = tuple(near for _, _, near in heapq.nlargest(_MAX_NEAR, found, key=lambda each: each[:2]))
+        return best, number <= MAX_LOOKED_AT
+
+    def _written(self, kind: Kind, decision: Decision | None) -> int | None:
+        if decision is None:
+            return None
+        match decision.outcome:
+            case Outcome.STEER:
+                return self._mark.field(decision.target_id)
+            case Outcome.PASS:
+                return self._mark.field(PASS_ID)
+            case Outcome.RESET | Outcome.ALERT:
+                return self._mark.field(RESET_ID if kind == "syn" else ASK_ID)
+        return None
+
+
+def shown(text: str) -> str:
+    """What a client said, fit for a terminal: escaped where it is not printable ASCII, and not too long."""
+    safe = "".join(c if " " <= c <= "~" and c != "\\" else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= _MAX_SHOWN else f"{safe[:_MAX_SHOWN]}..."
+
+
+def condition_shown(condition: Condition) -> str:
+    """`http.host=*.example`."""
+    value = shown(condition.value)
+    return (
+        f"{condition.key}="
+        + {Match.EXACT: value, Match.SUFFIX: f"*{value}", Match.PREFIX: f"{value}*"}[condition.match]
+    )
+
+
+def route_shown(route: Route) -> str:
+    """`http.host=a.example from 192.0.2.0/24 (services.web.routes[3])`."""
+    when = " ".join(map(condition_shown, route.conditions)) or "any"
+    source = "" if route.source is None else f" from {route.source}"
+    return f"{when}{source} ({route.name})"
+
+
+# ---- what decides ----
+
+
+def _is_syn(packet: Packet) -> bool:
+    return packet.protocol == TCP and packet.flags & _CONTROL == SYN
+
+
+def _kinds(tcp_options: bytes) -> Iterator[int]:
+    """The kinds of TCP options, as far as they can be told."""
+    at = 0
+    while at < len(tcp_options) and tcp_options[at]:
+        yield tcp_options[at]
+        length = 1 if tcp_options[at] == 1 else int.from_bytes(tcp_options[at + 1 : at + 2], "big")
+        if not length:
+            return
+        at += length
+
+
+def _payload_so_far(packets: Sequence[Packet]) -> Iterator[tuple[Packet, bytes]]:
+    """A connection's first payload as it grows: after each segment that makes it longer, that one and all bytes."""
+    segments = [packet for packet in packets if packet.payload and not packet.flags & (SYN | RST)]
+    syns = [packet for packet in packets if _is_syn(packet)]
+    if not segments:
+        return
+    start = syns[0].seq + 1 if syns else min(segments, key=lambda s: _distance(segments[0].seq, s.seq)).seq
+    held: dict[int, bytes] = {}
+    data = b""
+    for segment in segments:
+        at = _distance(start, segment.seq)
+        held[at] = max(held.get(at, b""), segment.payload, key=len)
+        before = len(data)
+        for at in sorted(held):
+            if at <= len(data) < at + len(held[at]):
+                data += held[at][len(data) - at :]
+        if len(data) > before:
+            yield segment, data
+
+
+def _distance(start: int, seq: int) -> int:
+    """How far one sequence number lies behind another; negative: before it."""
+    return ((seq - start + (1 << 31)) & _SEQUENCE) - (1 << 31)
+
+
+def _readable(plan: ServicePlan, protocol: int, keys: Keys) -> tuple[Keys, list[Step]]:
+    """Of keys, those that the service's parsers could give of one payload, and what is to be said about others."""
+    left = dict(keys)
+    found: Keys = {}
+    steps = []
+    done = ""
+    registry = REGISTRY if protocol == TCP else DATAGRAMS
+    for parser in plan.payload_parsers if protocol == TCP else plan.datagram_parsers:
+        known = registry[parser.name]
+        mine = {key: value for key, value in left.items() if known.gives(key)}
+        for key in mine:
+            del left[key]
+        if mine and done:
+            steps.append(
+                Step("ignored", f"{', '.join(mine)}: {done} recognised its protocol, so {parser.name} is not asked.")
+            )
+        elif mine:
+            found |= mine
+            done = parser.name if known.exclusive else ""
+    if left:
+        steps.append(Step("ignored", f"{', '.join(left)}: no parser in the service's inspect gives that."))
+    return found, steps
+
+
+def _source(plan: ServicePlan, packet: Packet, keys: Keys) -> bytes:
+    """The client's address, which a trusted proxy's header may name."""
+    if plan.trusted_proxies is None or "proxy.source" not in keys:
+        return packet.src
+    return ipaddress.ip_address(keys["proxy.source"]).packed
+
+
+# ---- sentences ----
+
+
+def _when(plan: ServicePlan, kind: Kind) -> str:
+    match kind:
+        case "syn":
+            if plan.unextended is Reason.LATE:
+                return "Early, at the SYN, if that says enough; else late, at the first payload."
+            return "Early: the SYN decides."
+        case "first":
+            return "Late: the first payload of the connection decides."
+        case "query":
+            return "Datagram: each one is decided by itself."
+    return "Datagram: the first ones of a flow decide for it."
+
+
+def _proxy_step(plan: ServicePlan, packet: Packet, kind: Kind, payloads: Sequence[bytes]) -> Iterator[Step]:
+    if plan.trusted_proxies is None or kind not in ("syn", "first") or not payloads:
+        return
+    address = ipaddress.ip_address(packet.src)
+    is_trusted = any(
+        len(packed) == len(packet.src) and address in ipaddress.ip_network((packed, length))
+        for packed, length in plan.trusted_proxies
+    )
+    header = proxy.read(payloads[0])
+    who = f"{address} is {'one' if is_trusted else 'none'} of trusted_proxies"
+    if isinstance(header, proxy.Header):
+        named = f"names {ipaddress.ip_address(header.source)}" if header.source else "names no client"
+        yield Step("proxy", f"A PROXY header of {header.length} bytes {named}; {who}.")
+    elif header is Answer.NEED_MORE:
+        yield Step("proxy", f"What may be a PROXY header is not complete; {who}.")
+    elif not is_trusted and proxy.is_claimed(payloads[0]) is True:
+        yield Step("proxy", f"It begins like a PROXY header, but is malformed; {who}.")
+    else:
+        yield Step("proxy", f"No PROXY header; {who}.")
+
+
+def _answer(said: Said, is_stream: bool, size: int, count: int) -> str:
+    if said.answer is Answer.NOT_MINE:
+        return "NOT_MINE: another protocol, or malformed."
+    if said.answer is not Answer.NEED_MORE:
+        found = ", ".join(f"{key}={shown(value)}" for key, value in said.answer.items())
+        return found or "its protocol, but nothing to go by."
+    if is_stream:
+        return f"NEED_MORE: {size} bytes do not suffice; it wants at most {REGISTRY[said.parser].bound}."
+    limit = DATAGRAMS[said.parser].datagrams
+    return f"NEED_MORE: {count} datagrams with {size} bytes do not suffice; it wants at most {limit} datagrams."
+
+
+def _alike(wrong: Condition | IPNetwork, keys: Keys, matchers: dict[str, difflib.SequenceMatcher[str]]) -> float:
+    """From 0 to 1: how near what was found is to what is wanted."""
+    if not isinstance(wrong, Condition) or wrong.key not in keys:
+        return 0.0
+    if wrong.key not in matchers:
+        matchers[wrong.key] = difflib.SequenceMatcher(None, "", keys[wrong.key][:_MAX_SHOWN])
+    matcher = matchers[wrong.key]
+    matcher.set_seq1(wrong.value[:_MAX_SHOWN])
+    if matcher.real_quick_ratio() < _LIKE or matcher.quick_ratio() < _LIKE:
+        return 0.0
+    return matcher.ratio()
+
+
+def _routes(plan: ServicePlan, matched: Sequence[Route], near: Sequence[Near], looked_at_all: bool) -> Iterator[Step]:
+    if not plan.probes:
+        yield Step("route", "The service has no routes.")
+        return
+    if matched:
+        to = ", ".join(map(str, matched[0].targets)) or "nowhere: its target is not for use under this configuration"
+        yield Step("route", f"{route_shown(matched[0])} matches, to {to}.")
+    else:
+        yield Step("route", "No route matches.")
+    for other in matched[1:]:
+        why = _RULES[deciding_rule(shape_of(matched[0]), shape_of(other))]
+        yield Step("route", f"It wins over {route_shown(other)}: {why}.")
+    for route, wrong in near:
+        text = condition_shown(wrong) if isinstance(wrong, Condition) else f"a source in {wrong}"
+        yield Step("near", f"{route_shown(route)} does not match: it wants {text}.")
+    if not looked_at_all:
+        yield Step("near", f"Only the first {MAX_LOOKED_AT:,} routes were looked through for those that nearly match.")
+
+
+def _arithmetic(plan: ServicePlan, packet: Packet, extension: Extension, decision: Decision) -> Iterator[Step]:
+    mapping = plan.mapping
+    if mapping is None or not extension.dst:
+        return
+    number = extension.dst * 65536 + packet.dport if mapping.by_extended_port else extension.dst
+    what = f"{'extended port' if mapping.by_extended_port else 'extension'} {number}"
+    if decision.reason is Reason.ARITHMETIC:
+        yield Step("arithmetic", f"The {what} means alias number {number - mapping.first} of the pool, counted from 0.")
+        return
+    aliases = sum(block.length for block in (mapping.ipv4 if packet.version == 4 else mapping.ipv6))
+    last = mapping.first + aliases - 1
+    yield Step("arithmetic", f"The {what} is outside of extension_pool, which has {mapping.first} to {last}.")
+
+
+def _outcome(
+    plan: ServicePlan,
+    packet: Packet,
+    kind: Kind,
+    decision: Decision | None,
+    target: Target | None,
+    mark: int | None,
+    matched: Sequence[Route],
+    by_session: bool,
+) -> Iterator[Step]:
+    if decision is None:
+        yield Step(
+            "undecided",
+            f"More is waited for, {plan.first_payload_timeout:g} s at most. Then {_unmatched(plan, kind)} (too_slow).",
+        )
+        return
+    yield Step("reason", decision.reason.name.lower())
+    if decision.reason is Reason.NO_FAMILY:
+        what = "The session" if by_session else f"The route {route_shown(matched[0])}" if matched else "The default"
+        yield Step("target", f"{what} has no IPv{packet.version} target for use.")
+    if target is not None:
+        port = target.port or packet.dport
+        yield Step("target", f"{_address(target.address.packed, port)}{'' if target.port else ', the port stays'}.")
+    said = _outcome_shown(decision.outcome)
+    yield Step("outcome", f"{said}{'' if mark is None else f'; mark {mark:#010x} (id {_id_shown(kind, decision)})'}.")
+
+
+def _unmatched(plan: ServicePlan, kind: Kind) -> str:
+    outcome = Outcome.DROP if kind in ("datagram", "query") else plan.unmatched
+    return f"it is {_outcome_shown(outcome)}"
+
+
+def _outcome_shown(outcome: Outcome) -> str:
+    return {
+        Outcome.STEER: "steered",
+        Outcome.PASS: "left to the gateway's own socket",
+        Outcome.RESET: "refused with a TCP reset",
+        Outcome.DROP: "dropped",
+        Outcome.ALERT: "refused with a TLS alert and a reset",
+        Outcome.LATE: "not decided yet",
+    }[outcome]
+
+
+def _id_shown(kind: Kind, decision: Decision) -> str:
+    if decision.outcome is Outcome.STEER:
+        return str(decision.target_id)
+    if decision.outcome is Outcome.PASS:
+        return "of pass"
+    return "of reset" if kind == "syn" else "of ask"
+
+
+def _chains(
+    packet: Packet, kind: Kind, decision: Decision, target: Target | None, count: int, is_diverted: bool
+) -> Iterator[str]:
+    """What the table does, chain by chain."""
+    version = packet.version
+    outcome = decision.outcome
+    if outcome is Outcome.LATE:
+        if not is_diverted:
+            yield "handshake_untracked: no conntrack entry; no worker sees the SYN."
+        else:
+            yield f"divert, select{version}: a worker sees it, drops it and sends it again without options and data."
+        yield f"handshake{version}: synproxy answers with a cookie. The first payload will decide."
+        return
+    way = {
+        "syn": f"divert, select{version}, limit{version}, queue{version}: the SYN goes to a worker",
+        "first": f"divert, first{version}, limit{version}, queue{version}: the payload goes to a worker",
+        "datagram": f"divert, datagram{version}, limit{version}, queue{version}: the datagram goes to a worker",
+        "query": f"query, limit{version}, queue{version}: the datagram goes to a worker, before conntrack sees it",
+    }[kind]
+    if kind == "datagram" and quic.PACKET in decision.keys:
+        yield f"datagram{version}: if the map learned knows the connection id, the table itself steers it."
+    if kind == "syn" and outcome is Outcome.PASS:
+        yield f"{way}, or is not diverted at all if it carries neither options of that kind nor data."
+        yield f"decided{version}: a mark of pass is cleared; the SYN goes to the gateway's own socket, untranslated."
+        return
+    yield f"{way}."
+    if outcome is Outcome.PASS:
+        yield f"decided{version}: a mark of pass is cleared; it goes to the gateway's own socket, untranslated."
+    elif outcome is Outcome.DROP:
+        yield "The worker drops it; nothing is answered."
+    elif outcome is not Outcome.STEER and kind == "syn":
+        yield f"decided{version}: reject with tcp reset (counter refused)."
+    elif outcome is not Outcome.STEER:
+        yield f"handshake{version}, recall{version}: the kernel checks the client's cookie, and opens nothing."
+        alert = "an alert (if it spoke TLS) and a reset" if outcome is Outcome.ALERT else "a reset"
+        yield f"If the cookie was right, the worker sends the client {alert}; else nothing."
+    else:
+        yield from _steered(packet, kind, target, count)
+
+
+def _steered(packet: Packet, kind: Kind, target: Target | None, count: int) -> Iterator[str]:
+    version = packet.version
+    to = "its target" if target is None else _address(target.address.packed, target.port or packet.dport)
+    translation = f"dnat to {to} (map {'hosts' if target is not None and not target.port else 'targets'}{version})"
+    check = f"decided{version}: translated as decided? Then the mark is cleared, else the packet dropped"
+    if kind == "first":
+        yield f"handshake{version}: the decision is noted in bound{version}; synproxy checks the cookie."
+        yield f"recall{version}: the SYN that the kernel sends gets the mark back. steer_local: {translation}."
+        yield f"verify, {check}. Then the worker's copy of the payload follows (chain copies)."
+        return
+    if kind == "query":
+        yield "zone: the conntrack zone of the target, so that other queries from this port may go elsewhere."
+    if kind == "datagram" and count > 1:
+        yield f"The flow's {count} datagrams are sent by the worker, in order. steer_local: {translation}."
+        yield f"verify_udp, {check}."
+    else:
+        yield f"steer: {translation}. guard, {check}."
+    yield "arrive: the daemon's own socket gets it, or one bound to the wildcard address where that is allowed."
+
+
+def _address(packed: bytes, port: int) -> str:
+    host = ipaddress.ip_address(packed)
+    return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
