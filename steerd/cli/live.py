@@ -5,12 +5,14 @@ Every finding is a Problem: the dotted key that is affected, and what was found,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from steerd.config import PORT_EXTENSION, Config, Service, Unextended
 from steerd.errors import Problem, SteerdError
-from steerd.kernel import host, listeners
+from steerd.kernel import host, listeners, sysctls
+from steerd.kernel.nftables import Nftables
 from steerd.model import TCP, UDP, Endpoint, IPAddress
 
 _WILDCARDS = {4: bytes(4), 6: bytes(16)}
@@ -28,6 +30,7 @@ def check(config: Config) -> list[Problem]:
         *_endpoints_elsewhere(config),
         *_mark_conflicts(config, tables),
         *_deadly_rules(tables),
+        *_sysctls(config),
         *_wildcard_listeners(config),
         *_own_listeners(config),
     ]
@@ -89,6 +92,19 @@ def _deadly_rules(tables: list[host.Table]) -> Iterator[Problem]:
             f"A firewall rule drops packets that conntrack calls invalid: {finding}."
             f" {_AT_HOOK[finding.base.hook or '']}",
         )
+
+
+def _sysctls(config: Config) -> Iterator[Problem]:
+    """Sysctls that late steering cannot do without. The daemon sets them when it loads the table: before that, one that
+    can be set is no mistake."""
+    late = next((service.name for service in config.services if service.is_late), None)
+    if late is None:
+        return
+    with contextlib.closing(Nftables()) as nftables:
+        is_loaded = bool(nftables.counters())
+    for difference in sysctls.check():
+        if difference.fatal or (is_loaded and difference.sysctl.need == "must"):
+            yield Problem(f"services.{late}", f"Is steered by first payloads, but {difference}.")
 
 
 class _Use(NamedTuple):

@@ -348,6 +348,23 @@ def test_steerds_own_table_and_chain_are_no_findings(machine: Machine) -> None:
     assert machine.findings() == []
 
 
+def test_a_sysctl_that_late_steering_needs(machine: Machine) -> None:
+    loose = "net.netfilter.nf_conntrack_tcp_loose"
+    machine.host.sh(f"sysctl -qw {loose}=1")
+    machine.config.write_text(CONFIG.replace('unextended = "unmatched"\n', ""))
+    assert machine.findings() == [], "the daemon will set it"
+    machine.nft("table inet steerd {\ncounter diverted { }\n}")
+    finding = machine.only_finding()
+    assert finding.startswith(
+        f"services.web: Is steered by first payloads, but sysctl {loose} is 1, must be 0: else conntrack takes a"
+    )
+    machine.config.write_text(CONFIG)
+    assert machine.findings() == [], "nothing is late"
+    machine.config.write_text(CONFIG.replace('unextended = "unmatched"\n', ""))
+    machine.host.sh(f"sysctl -qw {loose}=0")
+    assert machine.findings() == []
+
+
 def test_without_the_right_to_look(machine: Machine) -> None:
     status, lines = machine.run("setpriv --bounding-set -net_admin --inh-caps -net_admin")
     assert (status, len(lines)) == (1, 1)
