@@ -13,10 +13,10 @@ a daemon listens.
 
 from __future__ import annotations
 
-import difflib
 import heapq
 import ipaddress
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -47,11 +47,13 @@ from steerd.wire.packet import ACK, RST, SYN, Packet
 from steerd.wire.registry import DATAGRAMS, REGISTRY
 
 MAX_LOOKED_AT = 100_000
-"""Routes of a service that are looked through for those that nearly match: a second's work."""
+"""Routes of a service that are looked through for those that nearly match: a few seconds' work."""
+MAX_LOOKED_AT_IN_ALL = 1_000_000
+"""... by one Explainer, which may have a capture of thousands of connections."""
 
 _MAX_NEAR = 3
 _LIKE = 0.6
-"""How much alike two texts are that may have been meant to be the same (difflib.get_close_matches has it too)."""
+"""The share of characters that two texts have in common which may have been meant to be the same."""
 _MAX_SHOWN = 200
 _CONTROL = SYN | ACK | RST
 _SEQUENCE = 0xFFFFFFFF
@@ -137,6 +139,7 @@ class Explainer:
     def __init__(self, known: Known) -> None:
         self._known = known
         self._mark = MarkLayout(known.plan.mark_low, known.plan.mark_high)
+        self._looked_at = 0
         self._said: list[Said] = []
         self._sessions: list[tuple[str, Session | None]] = []
         self._engine = Engine(known.plan, known.get, self._find, self._saw)
@@ -438,20 +441,19 @@ class Explainer:
         """The routes that come closest to matching, and whether all were looked at."""
         routes = itertools.chain.from_iterable(self._known.routes(plan.name, probe) for probe in plan.probes)
         found: list[tuple[float, int, Near]] = []
-        matchers: dict[str, difflib.SequenceMatcher[str]] = {}
+        room = min(MAX_LOOKED_AT, MAX_LOOKED_AT_IN_ALL - self._looked_at)
         number = 0
-        for number, route in enumerate(routes, 1):
-            if number > MAX_LOOKED_AT:
-                break
+        for number, route in enumerate(itertools.islice(routes, room), 1):
             wrong = failing(route, keys, source)
             if len(wrong) == 1:
                 held = len(route.conditions) + (route.source is not None) - 1
-                alike = _alike(wrong[0], keys, matchers)
+                alike = _alike(wrong[0], keys)
                 if held or alike >= _LIKE:
                     # The number keeps equals in the order in which they were found.
                     found.append((held + alike, -number, Near(route, wrong[0])))
         best = tuple(near for _, _, near in heapq.nlargest(_MAX_NEAR, found, key=lambda each: each[:2]))
-        return best, number <= MAX_LOOKED_AT
+        self._looked_at += number
+        return best, next(routes, None) is None
 
     def _written(self, kind: Kind, decision: Decision | None) -> int | None:
         if decision is None:
@@ -611,17 +613,21 @@ def _answer(said: Said, is_stream: bool, size: int, count: int) -> str:
     return f"NEED_MORE: {count} datagrams with {size} bytes do not suffice; it wants at most {limit} datagrams."
 
 
-def _alike(wrong: Condition | IPNetwork, keys: Keys, matchers: dict[str, difflib.SequenceMatcher[str]]) -> float:
-    """From 0 to 1: how near what was found is to what is wanted."""
+def _alike(wrong: Condition | IPNetwork, keys: Keys) -> float:
+    """From 0 to 1: how near what was found is to what is wanted, by what they begin and end with alike."""
     if not isinstance(wrong, Condition) or wrong.key not in keys:
         return 0.0
-    if wrong.key not in matchers:
-        matchers[wrong.key] = difflib.SequenceMatcher(None, "", keys[wrong.key][:_MAX_SHOWN])
-    matcher = matchers[wrong.key]
-    matcher.set_seq1(wrong.value[:_MAX_SHOWN])
-    if matcher.real_quick_ratio() < _LIKE or matcher.quick_ratio() < _LIKE:
+    short, long = sorted((wrong.value[:_MAX_SHOWN], keys[wrong.key][:_MAX_SHOWN]), key=len)
+    if len(short) < _LIKE * len(long):
         return 0.0
-    return matcher.ratio()
+    beginning = _common(short, long)
+    ending = _common(short[beginning:][::-1], long[beginning:][::-1])
+    return (beginning + ending) / max(len(long), 1)
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(operator.truth, map(operator.eq, one, other)))
 
 
 def _routes(plan: ServicePlan, matched: Sequence[Route], near: Sequence[Near], looked_at_all: bool) -> Iterator[Step]:
@@ -640,7 +646,7 @@ def _routes(plan: ServicePlan, matched: Sequence[Route], near: Sequence[Near], l
         text = condition_shown(wrong) if isinstance(wrong, Condition) else f"a source in {wrong}"
         yield Step("near", f"{route_shown(route)} does not match: it wants {text}.")
     if not looked_at_all:
-        yield Step("near", f"Only the first {MAX_LOOKED_AT:,} routes were looked through for those that nearly match.")
+        yield Step("near", "There are more routes than were looked through for those that nearly match.")
 
 
 def _arithmetic(plan: ServicePlan, packet: Packet, extension: Extension, decision: Decision) -> Iterator[Step]:

@@ -20,6 +20,7 @@ from steerd.cli import ctl, main
 from steerd.cli import explain as cli
 from steerd.control.registry import Registry
 from steerd.control.routes import origin_of
+from steerd.core import explain
 from steerd.core.engine import Engine
 from steerd.core.explain import Explainer, Explanation, Known, route_shown, shown
 from steerd.core.router import failing
@@ -244,7 +245,7 @@ TO, TV = ("--to", "203.0.113.10:443"), ("--to", "203.0.113.10:8080")
     [
         ((*TO, "--sni", "A.example."), 0, "10.64.0.1:443", "route", [0, 1], [2]),
         ((*TO, "--sni", "a.example", "--key", "tls.alpn=h2"), 0, "10.64.0.3:443", "route", [2, 0, 1], []),
-        ((*TO, "--sni", "a.exmple"), 1, None, "unmatched", [], [0, 1]),
+        ((*TO, "--sni", "a.exmple"), 1, None, "unmatched", [], [0]),
         (("--to", "[2001:db8::10]:443/tcp", "--sni", "a.example"), 1, None, "no_family", [0, 1], [2]),
         (("--to", "203.0.113.10:443/udp", "--sni", "a.example"), 0, "10.64.0.4:443", "route", [3], []),
         ((*TO, "--extension", 7), 0, "10.64.0.6:8080", "arithmetic", [], []),
@@ -313,6 +314,22 @@ def test_what_is_said_on_the_way(run: Run, file: Path) -> None:
     assert "near it: 203.0.113.10:443/tcp, " in steps(told, "endpoint")[0]
     _, (told,) = explained(run, file, "--to", "10.64.0.3:444")
     assert "chain direct drops" in steps(told, "table")[0]
+
+
+def test_the_search_for_near_routes_has_an_end(run: Run, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = (*TO, "--sni", "a.exmple")
+    unlooked = ["There are more routes than were looked through for those that nearly match."]
+    for name, most, expected in (("MAX_LOOKED_AT", 8, []), ("MAX_LOOKED_AT", 7, unlooked)):
+        monkeypatch.setattr(explain, name, most)
+        _, (told,) = explained(run, file, *question)
+        assert steps(told, "near")[len(told["near"]) :] == expected
+    capture = pcap(
+        file.parent / "c.pcap", 101, [ip_datagram(port, 443, flight(client_hello(b"x"))[0]) for port in (1, 2)]
+    )
+    monkeypatch.setattr(explain, "MAX_LOOKED_AT", 8)
+    monkeypatch.setattr(explain, "MAX_LOOKED_AT_IN_ALL", 9)
+    _, (first, second) = explained(run, file, capture)
+    assert [unlooked[0] in steps(each, "near") for each in (first, second)] == [False, True]
 
 
 def test_by_a_payload(run: Run, file: Path) -> None:
