@@ -282,6 +282,7 @@ def check_session(
         for each in config.services
     }
     scene = _Scene(config.pools, endpoints, reader)
+    scene.in_file = False
     versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
     entry = _session(_RawSession(session_id, target, source), "", service.sessions.key, versions, scene)
     if scene.wildcard:
@@ -303,6 +304,7 @@ class RouteChecker:
             for each in config.services
         }
         self._scene = _Scene(config.pools, endpoints, self._reader)
+        self._scene.in_file = False
         self._conditions = _Conditions(service.inspect, self._reader)
         self._versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
 
@@ -777,6 +779,27 @@ _SPELLINGS: dict[str, Callable[[str], str]] = {
 """For keys whose values people spell in several ways: the way that the parser spells them."""
 
 
+_HOSTS = ("http.host", "rtsp.host", "sip.host")
+_SERVER_NAMES = ("tls.sni", "quic.sni", "dtls.sni")
+# An IPv6 literal in its brackets, or the beginning of one.
+_BRACKETED = re.compile(r"\[[^\]]*\]?")
+_WITH_PORT = re.compile(r"[^:]*:[0-9]+")
+
+
+def _check_host(key: str, value: str, written: str) -> None:
+    """What no parser ever gives as a host, and no client says as a server name (RFC 6066 section 3)."""
+    if key in (*_HOSTS, *_SERVER_NAMES) and not value:
+        raise ValueError("Is empty and can never match: who names no host has no such key; use default for that.")
+    if key in _HOSTS and ":" in value and not _BRACKETED.fullmatch(value):
+        try:
+            literal = ipaddress.IPv6Address(value)
+        except ValueError:
+            raise ValueError(f"{_shown(written)} can never match: it must be a name without a port.") from None
+        raise ValueError(f'{_shown(written)} can never match: an IPv6 address is written "[{literal}]" here.')
+    if key in _SERVER_NAMES and _WITH_PORT.fullmatch(value):
+        raise ValueError(f"{_shown(written)} can never match: clients say a name without a port there.")
+
+
 def as_parsed(key: str, text: str) -> tuple[str, str]:
     """A key and its value, as people write them, in the way that a parser spells them. Raises ValueError."""
     key = _normal_key(key)
@@ -796,6 +819,7 @@ def _condition(key: str, value: object, parser: str) -> Condition:
         condition = Condition(key, Match.EXACT, _not_empty(text))
     else:
         condition = _text_condition(key, _SPELLINGS[key](text) if key in _SPELLINGS else text)
+        _check_host(key, condition.value, text)
     if not condition.value.isascii() and max(condition.value) > "\xff":
         raise ValueError(
             "Is compared with bytes, one character each (U+0000 to U+00FF), so it can never match; text in UTF-8 is"
@@ -994,6 +1018,8 @@ class _Scene:
 
     def __init__(self, pools: dict[str, Pool], endpoints: dict[str, dict[str, Endpoint]], reader: _Reader) -> None:
         self.reader = reader
+        self.in_file = True
+        """Whether what is checked is in the file; else in a request, which is no TOML."""
         self.pools = pools
         self.endpoints = endpoints
         self.endpoint_keys = {e.address: key for service in endpoints.values() for key, e in service.items()}
@@ -1033,7 +1059,7 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     if unextended is not Unextended.INSPECT and not reader.is_bad(f"{path}.inspect"):
         _check_nothing_inspected(raw, path, reader)
     extension_pool = _extension_pool(raw, path, versions, scene)
-    sessions = _sessions(raw.sessions, f"{path}.sessions", inspect, versions, scene)
+    sessions = _sessions(raw.sessions, path, inspect, versions, scene)
     routes = _routes(raw.routes, path, inspect, versions, scene)
     connection_ids = _connection_ids(raw.quic, f"{path}.quic.connection_ids", reader)
     if not reader.is_bad(f"{path}.quic"):
@@ -1233,11 +1259,12 @@ def _unextended(
 
 def _extension_pool(raw: _RawService, path: str, versions: set[int], scene: _Scene) -> ExtensionPool | None:
     reader = scene.reader
+    inspect = f"{path}.inspect"
     path = f"{path}.extension_pool"
     arithmetic = raw.extension_pool
     if arithmetic is None or reader.is_bad(path):
         return None
-    if PORT_EXTENSION not in raw.inspect:
+    if PORT_EXTENSION not in raw.inspect and not reader.is_bad(inspect):
         reader.problem(path, f'Means nothing unless inspect names "{PORT_EXTENSION}".')
     pool = scene.pools.get(arithmetic.pool)
     if pool is None:
@@ -1324,22 +1351,25 @@ def _target(key: str, item: object, scene: _Scene) -> Target | None:
         if (kind := _unusable(ipaddress.ip_network(target.address))) is not None:
             reader.problem(where, f"{target.address} is {kind}; nothing can be steered there.")
     elif pool is None and not (reader.is_bad("pools") or reader.is_bad(f"{key}.external")):
-        reader.problem(
-            where,
-            f'{target.address} is in no pool; use an alias, or write {{ address = "{target}", external = true }}.',
+        external = (
+            f'write {{ address = "{target}", external = true }}.'
+            if scene.in_file
+            else 'say that it is external (steerctl: --external; in JSON: "external": true).'
         )
+        reader.problem(where, f"{target.address} is in no pool; use an alias, or {external}")
     return target
 
 
 def _sessions(
-    raw: _RawSessions | None, path: str, inspect: tuple[str, ...], versions: set[int], scene: _Scene
+    raw: _RawSessions | None, service_path: str, inspect: tuple[str, ...], versions: set[int], scene: _Scene
 ) -> Sessions | None:
     reader = scene.reader
+    path = f"{service_path}.sessions"
     if raw is None or reader.is_bad(f"{path}.key"):
         return None
     key = _normal_key(raw.key)
     try:
-        _check_session_key(key, _Conditions(inspect, reader))
+        _check_session_key(key, None if reader.is_bad(f"{service_path}.inspect") else _Conditions(inspect, reader))
     except ValueError as error:
         reader.problem(f"{path}.key", str(error))
         return None
@@ -1355,13 +1385,15 @@ def _sessions(
     return Sessions(key, raw.on_new_source, tuple(entries.values()))
 
 
-def _check_session_key(key: str, conditions: _Conditions) -> None:
+def _check_session_key(key: str, conditions: _Conditions | None) -> None:
+    """`conditions` None: what is inspected is not known."""
     name = key.removeprefix("http.cookie.").removeprefix("http.header.")
     if key != "rtsp.session" and (name == key or not name):
         raise ValueError(
             f'Must be "rtsp.session", "http.cookie.NAME" or "http.header.NAME", the key of an id, not {_shown(key)}.'
         )
-    conditions.parser_of(key)
+    if conditions is not None:
+        conditions.parser_of(key)
 
 
 def _session(raw: _RawSession, path: str, key: str, versions: set[int], scene: _Scene) -> SessionEntry:

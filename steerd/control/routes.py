@@ -389,7 +389,12 @@ class RouteTable:
             key = b"" if known is None else table_key(known.number | DYNAMIC, known.shape, route)
             value = txn.get(key, db=self._dynamic) if key else None
             if value is None:
-                self._refuse_static(txn, force, found, shape_of(route), route)
+                if (other := self._static_equal(txn, force, found, shape_of(route), route)) is not None:
+                    raise RequestError(
+                        "conflict",
+                        "when",
+                        f"The route is in {force.config.file}, as {other.name}; take it out there, and reload.",
+                    )
                 raise RequestError("not_found", "when", f"The service {service} has no such route.")
             entry = _Entry.unpack(value)
             if entry.flags & LEASE:
@@ -423,7 +428,12 @@ class RouteTable:
         """
         force, found = self.of(service)
         shape = shape_of(route)
-        self._refuse_static(txn, force, found, shape, route)
+        if (other := self._static_equal(txn, force, found, shape, route)) is not None:
+            raise RequestError(
+                "conflict",
+                "when",
+                f"The same route is in {force.config.file}: {other.name}; change it there, and reload.",
+            )
         number = self._number(service, shape)
         known = self._known[service][shape]
         key = table_key(number | DYNAMIC, shape, route)
@@ -550,19 +560,14 @@ class RouteTable:
 
     # ---- conflicts ----
 
-    def _refuse_static(
+    def _static_equal(
         self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, shape: Shape, route: Route
-    ) -> None:
+    ) -> Route | None:
+        """The configuration's route that matches the same."""
         if shape not in force.static[service.name]:
-            return
+            return None
         value = txn.get(table_key(self._known[service.name][shape].number, shape, route), db=self._static)
-        if value is not None:
-            other = service.routes[_ID.unpack_from(value, _IDS.size)[0]]
-            raise RequestError(
-                "conflict",
-                "when",
-                f"The same route is in {force.config.file}: {other.name}; change it there, and reload.",
-            )
+        return None if value is None else service.routes[_ID.unpack_from(value, _IDS.size)[0]]
 
     def _refuse_ties(
         self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, shape: Shape, route: Route

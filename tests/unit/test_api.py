@@ -191,7 +191,8 @@ CHECKED: list[tuple[str, str, object, int, str, str | None, str]] = [
         400,
         "invalid",
         "target",
-        '10.65.0.1 is in no pool; use an alias, or write { address = "10.65.0.1:554", external = true }.',
+        "10.65.0.1 is in no pool; use an alias, or say that it is external (steerctl: --external; in JSON:"
+        ' "external": true).',
     ),
     (
         "PUT",

@@ -956,6 +956,57 @@ MISTAKES: list[tuple[str, str]] = [
         'services.web.routes[0].when.http.host: Is a key of the parser "http", which inspect does not name.',
     ),
     (
+        when("http.host = 'a.example:80'"),
+        'services.web.routes[0].when.http.host: "a.example:80" can never match: it must be a name without a port.',
+    ),
+    (
+        when("http.host = '*.a.example:80'"),
+        'services.web.routes[0].when.http.host: "*.a.example:80" can never match: it must be a name without a port.',
+    ),
+    (
+        when("http.host = '[2001:db8::1]:80'"),
+        'services.web.routes[0].when.http.host: "[2001:db8::1]:80" can never match: it must be a name without a port.',
+    ),
+    (
+        when("http.host = 'http://a.example/'"),
+        'services.web.routes[0].when.http.host: "http://a.example/" can never match: it must be a name without a port.',
+    ),
+    (
+        when("http.host = '2001:DB8:0::1'"),
+        'services.web.routes[0].when.http.host: "2001:DB8:0::1" can never match: an IPv6 address is written'
+        ' "[2001:db8::1]" here.',
+    ),
+    (
+        when("http.host = ''"),
+        "services.web.routes[0].when.http.host: Is empty and can never match: who names no host has no such key;"
+        " use default for that.",
+    ),
+    (
+        route("when = {tls.sni = 'a.example:443'}\ntarget = '10.64.0.1:80'", "'tls'"),
+        'services.web.routes[0].when.tls.sni: "a.example:443" can never match: clients say a name without a port'
+        " there.",
+    ),
+    (
+        route("when = {tls.sni = ''}\ntarget = '10.64.0.1:80'", "'tls'"),
+        "services.web.routes[0].when.tls.sni: Is empty and can never match: who names no host has no such key;"
+        " use default for that.",
+    ),
+    (
+        service(
+            "inspect = 'http'\nroutes = [{when = {http.host = 'a'}, target = '10.64.0.1:80'}]\n"
+            "sessions = {key = 'http.cookie.id', on_new_source = 'move'}"
+        ),
+        'services.web.inspect: Must be a list of texts in quotes, not "http".',
+    ),
+    (
+        service("inspect = ['htp']\nsessions = {key = 'http.cookie.id', on_new_source = 'move'}"),
+        'services.web.inspect[0]: "htp" is not a parser; did you mean "http"?',
+    ),
+    (
+        extension_pool('pool = "t", by = "extension"').replace('["port-extension"]', '"port-extension"'),
+        'services.web.inspect: Must be a list of texts in quotes, not "port-extension".',
+    ),
+    (
         when("http.hots = 'a'"),
         'services.web.routes[0].when.http.hots: Is not a key of any parser; did you mean "http.host"?',
     ),

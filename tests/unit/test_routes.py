@@ -225,7 +225,8 @@ def test_what_the_configuration_would_refuse_is_refused_with_the_same_sentences(
     assert refused(lab, HOST, "10.65.0.1:80") == (
         "invalid",
         "target",
-        '10.65.0.1 is in no pool; use an alias, or write { address = "10.65.0.1:80", external = true }.',
+        "10.65.0.1 is in no pool; use an alias, or say that it is external (steerctl: --external; in JSON:"
+        ' "external": true).',
     )
     assert refused(lab, {"tls.sni": "a"}, "10.64.0.5:80") == (
         "invalid",
@@ -249,7 +250,8 @@ def test_a_route_of_the_configuration_is_not_for_the_api(lab: Lab) -> None:
     sentence = "The same route is in /etc/steerd.toml: services.web.routes[1]; change it there, and reload."
     when = {"http.host": "*.wide.example"}
     assert refused(lab, when, "10.64.0.5:80", "198.51.100.0/24") == ("conflict", "when", sentence)
-    with pytest.raises(RequestError, match=r"services\.web\.routes\[1\]; change it there"):
+    there = r"^The route is in /etc/steerd\.toml, as services\.web\.routes\[1\]; take it out there, and reload\.$"
+    with pytest.raises(RequestError, match=there):
         lab.remove(when, "198.51.100.0/24")
     assert lab.put(when, "10.64.0.5:80")  # another source is another route
     with pytest.raises(RequestError, match=r"^The service web has no such route\.$"):

@@ -200,7 +200,8 @@ URL = "Must not be . or .., which cannot stand in a URL."
             "10.65.0.1:554",
             None,
             "target",
-            '10.65.0.1 is in no pool; use an alias, or write { address = "10.65.0.1:554", external = true }.',
+            "10.65.0.1 is in no pool; use an alias, or say that it"
+            ' is external (steerctl: --external; in JSON: "external": true).',
         ),
         (
             "a",
