@@ -116,6 +116,7 @@ render() {
 		-e "s/__MASK__/$(hex $mask)/g" -e "s/__CLEAR__/$(hex $clear)/g" \
 		-e "s/__RESET__/$(hex $((1 << low)))/g" -e "s/__PASS__/$(hex $((2 << low)))/g" \
 		-e "s/__OURS__/$(hex $((3 << low)))/g" -e "s/__ASK__/$(hex $((4 << low)))/g" \
+		-e "s/__KEEP__/$(hex $((5 << low)))/g" \
 		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . th sport')")/" \
 		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . th sport')")/"
 	for pair in $overrides; do

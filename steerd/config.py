@@ -407,7 +407,7 @@ class _RawConnectionIds(Struct):
 
 
 class _RawQuic(Struct):
-    rebinding: bool = True
+    rebinding: bool | None = None
     connection_ids: list[_RawConnectionIds] = []
 
 
@@ -1084,7 +1084,7 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         first_payload_timeout=10.0 if raw.first_payload_timeout is None else raw.first_payload_timeout,
         on_silence=on_silence,
         idle_timeout=_IDLE_TIMEOUT if raw.idle_timeout is None else raw.idle_timeout,
-        rebinding=QUIC in inspect and (raw.quic is None or raw.quic.rebinding),
+        rebinding=QUIC in inspect and _rebinding(raw.quic, f"{path}.quic.rebinding", reader),
         connection_ids=connection_ids,
         extension_pool=extension_pool,
         sessions=sessions,
@@ -1138,6 +1138,18 @@ def _check_transports(
             reader.problem(f"{path}.on_silence", "Means nothing unless an endpoint is TCP.")
         if raw.unmatched == "tls-alert":
             reader.problem(f"{path}.unmatched", 'Is "tls-alert", but no endpoint is TCP.')
+
+
+def _rebinding(raw: _RawQuic | None, path: str, reader: _Reader) -> bool:
+    """By default, unless connection ids say themselves where they belong. Then the beginning of one may be that of
+    another daemon's, and must not be learnt."""
+    if raw is None or raw.rebinding is None:
+        return raw is None or not raw.connection_ids
+    if raw.rebinding and raw.connection_ids:
+        reader.problem(
+            path, "Cannot be true beside connection_ids, which tell whose a connection is wherever it moves."
+        )
+    return raw.rebinding
 
 
 def _connection_ids(raw: _RawQuic | None, path: str, reader: _Reader) -> tuple[quic_lb.Config, ...]:

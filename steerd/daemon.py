@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 import msgspec
 
 from steerd import config as configuration
-from steerd.config import Config, Service, Unextended
+from steerd.config import QUIC, Config, Service, Unextended
 from steerd.control.api import Api
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
@@ -94,6 +94,7 @@ def contents_of(config: Config) -> ruleset.Contents:
         datagram=udp(of(lambda service: not service.decides_every_datagram)),
         query=udp(of(lambda service: service.decides_every_datagram)),
         rebinding=udp(of(lambda service: service.rebinding)),
+        quic=udp(of(lambda service: QUIC in service.inspect)),
         idle=tuple(
             (endpoint, ruleset.IdleTimeouts(min(unreplied, service.idle_timeout), service.idle_timeout))
             for service in config.services
@@ -514,6 +515,8 @@ class _LeaseEffects:
             raise KernelError(f"{text} cannot be made local: the kernel takes it for an address of somebody else.")
 
     def end_flows(self, addresses: Sequence[IPAddress]) -> int:
+        with contextlib.closing(Nftables()) as nftables:
+            ruleset.forget_learned(nftables, addresses)
         with contextlib.closing(Conntrack()) as conntrack:
             return conntrack.end_flows_to([address.packed for address in addresses])
 

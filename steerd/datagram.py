@@ -23,10 +23,11 @@ from typing import NamedTuple
 from steerd.core import datagrams, pending
 from steerd.core.datagrams import Datagrams, Decide, Drop, GiveUp, Hold
 from steerd.core.engine import Decision, Engine
-from steerd.core.marks import PASS_ID
+from steerd.core.marks import KEEP_ID, PASS_ID
 from steerd.kernel.queue import DROP, Verdict
 from steerd.model import Flow, Outcome, Reason
 from steerd.telemetry.counters import Extra
+from steerd.wire import quic
 from steerd.wire.packet import Packet, is_cut
 
 LOOK_SECONDS = 0.25
@@ -41,6 +42,8 @@ class _Decided(NamedTuple):
     target_id: int
     sent: bool
     """Its first datagrams were sent by this worker; so must be what follows."""
+    connection: str | None
+    """QUIC: the connection id that its client made up, in hexadecimal."""
 
 
 class Datagram:
@@ -64,6 +67,7 @@ class Datagram:
         self._send = send
         self._queue_length = queue_length
         self._looked = 0.0
+        self._judged = 0
         self._decided: dict[Flow, _Decided] = {}
         self._decided_before: dict[Flow, _Decided] = {}
         self._undecided: Datagrams[Decision] = Datagrams(
@@ -86,8 +90,12 @@ class Datagram:
     def judge(self, packet: Packet, raw: bytes) -> Verdict:
         """What becomes of a queued datagram; `raw` are its bytes, as far as they were copied."""
         flow = packet.flow
+        self._judged += 1
+        if self._judged >= self._queue_length:
+            # No more packets can have waited since the last time.
+            self._forget_decided()
         decided = self._decided.get(flow) or self._decided_before.get(flow)
-        if decided is not None:
+        if decided is not None and not _begins_another(packet.payload, decided):
             self._slot[Extra.FORWARDED] += 1
             return self._go_on(decided, raw)
         match self._undecided.datagram(packet, raw, time.monotonic(), cut=is_cut(raw)):
@@ -117,13 +125,12 @@ class Datagram:
 
     def _decide(self, packet: Packet, raw: bytes, decision: Decision, earlier: tuple[bytes, ...]) -> Verdict:
         decision = self._settle(packet, decision)
+        if decision.reason is Reason.UNKNOWN_CONNECTION:
+            return Verdict(KEEP_ID)
         if decision.outcome is not Outcome.STEER:
             return Verdict(PASS_ID) if decision.outcome is Outcome.PASS else DROP
-        decided = _Decided(decision.target_id, sent=bool(earlier))
+        decided = _Decided(decision.target_id, bool(earlier), decision.keys.get(quic.FIRST_ID))
         if not self._engine.decides_every_datagram(packet):
-            # So many flows are as many packets at least: none is left that waited when the first of them was decided.
-            if len(self._decided) >= self._queue_length:
-                self._forget_decided()
             self._decided[packet.flow] = decided
         self._after.extend(partial(self._send, copy, decided.target_id) for copy in earlier)
         return self._go_on(decided, raw)
@@ -136,4 +143,17 @@ class Datagram:
         return DROP
 
     def _forget_decided(self) -> None:
+        self._judged = 0
         self._decided_before, self._decided = self._decided, {}
+
+
+def _begins_another(payload: bytes, decided: _Decided) -> bool:
+    """Whether a datagram of a decided flow may be the first one of another QUIC connection."""
+    if decided.connection is None:
+        return False
+    header = quic.header(payload)
+    return (
+        isinstance(header, quic.LongHeader)
+        and header.kind is quic.Kind.INITIAL
+        and header.dcid.hex() != decided.connection
+    )

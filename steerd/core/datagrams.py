@@ -3,12 +3,12 @@ worker carries it out.
 
 Every datagram that was queued because its flow is not decided yet goes to `datagram`, which answers
 
-- `Decide`: the flow is decided. This datagram goes on with the decision's mark; `earlier`, what was held, is sent again
-  behind it, and follows it by the conntrack entry that it makes;
+- `Decide`: the flow is decided. If nothing was held, this datagram goes on with the decision's mark; `earlier`, what was
+  held, is sent again in front of it;
 - `Hold`: drop it; a copy is kept. No packet waits in the queue: its verdict would have to be looked for there, and its
   conntrack entry would be another one than the next datagram's;
 - `GiveUp`: the flow had all the datagrams or bytes that it may have, and does not say where it wants to go;
-- `Drop`: no room, or a copy that ends before its datagram does: it could not be sent again.
+- `Drop`: a copy that ends before its datagram does: it could not be sent again.
 
 Nothing of a decided flow is remembered: the kernel carries it.
 """

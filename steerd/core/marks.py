@@ -19,6 +19,8 @@ OURS_ID = 3
 """A worker sends this packet itself."""
 ASK_ID = 4
 """Find out whether a client's handshake is genuine, and open nothing: the worker will refuse it itself."""
+KEEP_ID = 5
+"""Whose this datagram is cannot be told: it goes on if it belongs to a flow that stands."""
 FIRST_TARGET_ID = 16
 """Ids from here on are targets; those between are kept for answers yet to come."""
 

@@ -34,7 +34,7 @@ TABLE = "steerd"
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _SUBSYS_NFTABLES = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_DELTABLE, _DELCHAIN, _GETRULE, _DELRULE, _NEWSETELEM, _GETSETELEM, _GETOBJ = 2, 5, 7, 8, 12, 13, 19
+_DELTABLE, _DELCHAIN, _GETRULE, _DELRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = 2, 5, 7, 8, 12, 13, 14, 19
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS = 1, 2, 3
 _LIST_ELEMENT = 1
 _ELEMENT_KEY, _ELEMENT_DATA = 1, 2
@@ -95,6 +95,13 @@ class Nftables:
         Raises KernelError where the kernel says no: the table or set is missing (ENOENT), or the key is there with
         other data (EEXIST, EBUSY), which would mean that a target id has got a second meaning.
         """
+        self._change(_NEWSETELEM, CREATE, elements, "took no element for")
+
+    def delete(self, elements: Sequence[Element]) -> None:
+        """Take elements away in one transaction. Raises KernelError if one is not there, and then takes none."""
+        self._change(_DELSETELEM, 0, elements, "did not delete from")
+
+    def _change(self, request: int, flags: int, elements: Sequence[Element], doing: str) -> None:
         netlink = self._netlink
         first = netlink.next_sequence()
         parts = [message(_BATCH_BEGIN, REQUEST, first, _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b"")]
@@ -102,14 +109,14 @@ class Nftables:
         for element in elements:
             sequence = netlink.next_sequence()
             awaited.add(sequence)
-            kind = _SUBSYS_NFTABLES << 8 | _NEWSETELEM
-            parts.append(message(kind, REQUEST | CREATE | ACK, sequence, _NFPROTO_INET, 0, _of_set(element)))
+            kind = _SUBSYS_NFTABLES << 8 | request
+            parts.append(message(kind, REQUEST | flags | ACK, sequence, _NFPROTO_INET, 0, _of_set(element)))
         parts.append(message(_BATCH_END, REQUEST, netlink.next_sequence(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b""))
         netlink.send(b"".join(parts))
         # What concerns the batch as a whole (no right to it, a failed commit) is answered to its first message.
         ours = awaited | {first}
         names = ", ".join(sorted({element.name for element in elements}))
-        asked = f"nf_tables took no element for {names} of table inet {TABLE}"
+        asked = f"nf_tables {doing} {names} of table inet {TABLE}"
         while awaited:
             for reply in netlink.receive(asked):
                 # Of a batch that was refused only the first answer was read; the others are still to come.

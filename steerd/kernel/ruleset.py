@@ -18,16 +18,16 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from steerd.core.marks import ASK_ID, FIRST_TARGET_ID, OURS_ID, PASS_ID, RESET_ID, MarkLayout
+from steerd.core.marks import ASK_ID, FIRST_TARGET_ID, KEEP_ID, OURS_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.core.pools import Pool
 from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE, Element, Nftables
-from steerd.model import Endpoint, Flow, IPNetwork, Target
+from steerd.model import Endpoint, Flow, IPAddress, IPNetwork, Target
 
 FALLBACK_CHAIN = "STEERD"
 # Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
@@ -84,6 +84,7 @@ class Contents(NamedTuple):
     datagram: tuple[Endpoint, ...]
     query: tuple[Endpoint, ...]
     rebinding: tuple[Endpoint, ...]
+    quic: tuple[Endpoint, ...]
     idle: tuple[tuple[Endpoint, IdleTimeouts], ...]
     """Of every UDP endpoint."""
     pools: tuple[Pool, ...]
@@ -111,6 +112,7 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
         "PASS": f"0x{mark.field(PASS_ID):08x}",
         "OURS": f"0x{mark.field(OURS_ID):08x}",
         "ASK": f"0x{mark.field(ASK_ID):08x}",
+        "KEEP": f"0x{mark.field(KEEP_ID):08x}",
         "MSS4": str(settings.mss4),
         "MSS6": str(settings.mss6),
         "WSCALE": str(settings.wscale),
@@ -181,6 +183,7 @@ def fill(contents: Contents) -> str:
             ("datagram", contents.datagram),
             ("query", contents.query),
             ("rebinding", contents.rebinding),
+            ("quic", contents.quic),
         ):
             replace(
                 f"{name}{version}",
@@ -349,6 +352,22 @@ def our_rules(nftables: Nftables) -> set[tuple[int, str, int]]:
             (family, f"{table} {r.chain}", r.handle) for r in rules if r.chain == FALLBACK_CHAIN or name in r.body
         }
     return found
+
+
+def forget_learned(nftables: Nftables, addresses: Collection[IPAddress]) -> None:
+    """Forget the connection ids of QUIC servers on these addresses: somebody else's daemon may come there."""
+    hosts = {address.packed for address in addresses}
+    marks = {
+        element.data
+        for version, size in ((4, 4), (6, 16))
+        for element in nftables.elements(f"daemons{version}")
+        if element.key[:size] in hosts
+    }
+    for element in nftables.elements("learned") if marks else ():
+        if element.data in marks:
+            # One by one: an element may end by itself meanwhile.
+            with contextlib.suppress(KernelError):
+                nftables.delete([element._replace(data=None)])
 
 
 def set_wildcard_ports(ports: set[tuple[int, int]]) -> None:

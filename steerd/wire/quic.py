@@ -285,7 +285,7 @@ class _Hello:
             raise MalformedError
         keys = {f"quic.{name[4:]}": value for name, value in of_tls.items() if name != "tls.version"}
         keys["quic.version"] = _VERSION_NAMES[self._version]
-        keys["quic.dcid"] = self._dcid.hex()
+        keys[FIRST_ID] = self._dcid.hex()
         return keys
 
 
@@ -455,6 +455,7 @@ _PROTECTION = {
 
 # In `inspect`
 
+FIRST_ID = "quic.dcid"
 PACKET = "quic.packet"
 CONNECTION_ID = "quic.cid"
 SERVER_ID = "quic.server-id"
@@ -489,7 +490,7 @@ def _resume(history: History) -> Found:
 
 DATAGRAMS = DatagramParser(
     name="quic",
-    keys=("quic.sni", "quic.alpn", "quic.alpn.*", "quic.version", "quic.dcid", PACKET, CONNECTION_ID, SERVER_ID),
+    keys=("quic.sni", "quic.alpn", "quic.alpn.*", "quic.version", FIRST_ID, PACKET, CONNECTION_ID, SERVER_ID),
     datagrams=DATAGRAM_BOUND,
     make=lambda _patterns: _inspect,
     summary="QUIC: the server name and protocols of its TLS hello, or the server id in a connection id",

@@ -401,6 +401,14 @@ connection_ids = [
             'quic: Means nothing unless inspect names "quic".',
         ),
         (
+            datagram_service(
+                '"quic"',
+                "quic = { rebinding = true,"
+                " connection_ids = [{ config = 0, server_id_length = 8, nonce_length = 4 }] }",
+            ),
+            "quic.rebinding: Cannot be true beside connection_ids, which tell whose a connection is wherever it moves.",
+        ),
+        (
             datagram_service('"quic"', "quic = { rebinding = 1 }"),
             "quic.rebinding: Must be true or false, not 1.",
         ),

@@ -93,6 +93,7 @@ def test_defaults_are_those_of_the_configuration() -> None:
     assert masks == {"MASK": "0xffffff00", "CLEAR": "0x000000ff", "RESET": "0x00000100", "PASS": "0x00000200"} | {
         "OURS": "0x00000300",
         "ASK": "0x00000400",
+        "KEEP": "0x00000500",
     }
     for name, value in masks.items():
         assert f"__{name}__" not in printed("--native").partition("\ntable inet steerd {")[2]
@@ -165,7 +166,19 @@ def endpoint(text: str, first: int, last: int | None = None) -> Endpoint:
     return Endpoint(ipaddress.ip_address(text), first, last or first, TCP)
 
 
-SETS = ("endpoints", "early", "every_syn", "late", "silent", "datagram", "query", "rebinding", "aliases", "wildcard")
+SETS = (
+    "endpoints",
+    "early",
+    "every_syn",
+    "late",
+    "silent",
+    "datagram",
+    "query",
+    "rebinding",
+    "quic",
+    "aliases",
+    "wildcard",
+)
 NOTHING = Contents(*[()] * len(Contents._fields))
 
 
@@ -197,6 +210,7 @@ def test_filling_with_ranges_and_both_families() -> None:
         datagram=(many, six),
         query=(one,),
         rebinding=(many,),
+        quic=(six,),
         idle=((one, IdleTimeouts(5, 10)), (many, IdleTimeouts(30, 120)), (six, IdleTimeouts(30, 120))),
         pools=(pool,),
         wildcard=((alias, 80), (six_alias, 0), (pool, 90), (pool, 90)),
@@ -228,6 +242,7 @@ def test_filling_with_ranges_and_both_families() -> None:
         "late6 { 2001:db8::10 . 1-65535 }",
         "silent6 { 2001:db8::10 . 1-65535 }",
         "datagram6 { 2001:db8::10 . 1-65535 }",
+        "quic6 { 2001:db8::10 . 1-65535 }",
         "aliases6 { fd00:64::/112 }",
         "wildcard6 { fd00:64::/112 . 90, fd00:64::9 . 0-89, fd00:64::9 . 91-65535 }",
     ]
