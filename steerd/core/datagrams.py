@@ -3,8 +3,8 @@ worker carries it out.
 
 Every datagram that was queued because its flow is not decided yet goes to `datagram`, which answers
 
-- `Decide`: the flow is decided. If nothing was held, this datagram goes on with the decision's mark; `earlier`, what was
-  held, is sent again in front of it;
+- `Decide`: the flow is decided. If nothing was held, this datagram goes on with the decision's mark; else `earlier`,
+  what was held, is sent again in front of it;
 - `Hold`: drop it; a copy is kept. No packet waits in the queue: its verdict would have to be looked for there, and its
   conntrack entry would be another one than the next datagram's;
 - `GiveUp`: the flow had all the datagrams or bytes that it may have, and does not say where it wants to go;
