@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import enum
+import inspect
 import itertools
 import json
+import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -19,9 +24,12 @@ from steerd import config as configuration
 from steerd.cli import explain as explaining
 from steerd.cli.main import DEFAULT_CONFIG, EXIT_BAD_CONFIG, EXIT_FAILED, ConfigFile, progress_bar
 from steerd.errors import ConfigError, SteerdError
+from steerd.kernel import ruleset
+from steerd.model import Reason
 from steerd.telemetry.counters import Counters, Extra
 
 _BATCH_LINES = 10_000
+_UNBOUNDED = 10_000
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 session = typer.Typer(no_args_is_help=True, help="Sessions: which session id belongs to which target and source.")
@@ -45,28 +53,44 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
 @app.command()
-def status(file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """What the workers decided, what the kernel's table counted, and how the queues stand."""
+def status(
+    file: ConfigFile = DEFAULT_CONFIG,
+    legend: Annotated[bool, typer.Option("--legend", help="Say of each counter what it means.")] = False,
+) -> None:
+    """What the workers decided, what the kernel's table counted, and how the queues stand.
+
+    Exit status: 0, 1 if no daemon runs, 2 bad configuration or usage.
+    """
     from steerd import daemon
+    from steerd.control.client import socket_path
     from steerd.kernel import queue
     from steerd.kernel.nftables import Nftables
 
     gateway = configuration.load(file).gateway
     counters = Counters.open(Path(gateway.run_dir) / "counters")
-    console = Console()
+    console = _console()
+    is_running = _answers(socket_path(gateway.run_dir))
+    if not is_running:
+        typer.echo(f"Nobody answers at {socket_path(gateway.run_dir)}: steerd does not run. What it had counted:\n")
 
-    decisions = Table("decisions by reason", "packets", title="workers")
+    def row(name: str, count: int, meanings: dict[str, str]) -> tuple[str, ...]:
+        return (name, f"{count:,}", meanings[name]) if legend else (name, f"{count:,}")
+
+    more = ("meaning",) if legend else ()
+    decisions = Table("decisions by reason", "packets", *more, title="workers")
+    reasons, extras = _meanings(Reason), _meanings(Extra)
     for reason, count in daemon.total_decisions(counters).items():
         if count:
-            decisions.add_row(reason, f"{count:,}")
+            decisions.add_row(*row(reason, count, reasons))
     for extra in Extra:
-        decisions.add_row(extra.name.lower(), f"{counters.total(extra):,}")
+        decisions.add_row(*row(extra.name.lower(), counters.total(extra), extras))
     console.print(decisions)
 
-    kernel = Table("counter", "packets", title="table inet steerd")
+    kernel = Table("counter", "packets", *more, title="table inet steerd")
+    comments = _comments()
     with contextlib.closing(Nftables()) as nftables:
         for name, packets in sorted(nftables.counters().items()):
-            kernel.add_row(name, f"{packets:,}")
+            kernel.add_row(*row(name, packets, comments))
     console.print(kernel)
 
     queues = Table("queue", "owner", "waiting", "dropped: queue full", "dropped: socket full", title="queues")
@@ -78,6 +102,42 @@ def status(file: ConfigFile = DEFAULT_CONFIG) -> None:
             dropped = (f"{state.queue_dropped:,}", f"{state.user_dropped:,}")
             queues.add_row(str(number), str(state.owner), f"{state.waiting:,}", *dropped)
     console.print(queues)
+    if not is_running:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _console() -> Console:
+    """For tables. Who reads them from a file or a pipe gets every line whole."""
+    return Console(width=None if sys.stdout.isatty() else _UNBOUNDED)
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens on a unix socket."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        try:
+            asking.connect(str(path))
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def _meanings(words: type[enum.Enum]) -> dict[str, str]:
+    """What is written below each member of an enumeration, by the member's name in lower case."""
+    (definition,) = ast.parse(inspect.getsource(words)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for member, text in itertools.pairwise(definition.body):
+        match member, text:
+            case ast.Assign(targets=[ast.Name(id=name)]), ast.Expr(value=ast.Constant(value=str(meaning))):
+                found[name.lower()] = " ".join(meaning.split())
+    return found
+
+
+def _comments() -> dict[str, str]:
+    """What the table says of each of its counters."""
+    return dict(re.findall(r'counter (\w+) \{ comment "(.*?)"', ruleset.template_path().read_text()))
 
 
 @app.command()
@@ -151,7 +211,7 @@ def list_sessions(service: Service, config: Config = DEFAULT_CONFIG, as_json: Js
     table = Table("id", "target", "source", "from", "state", title=f"sessions of {service}")
     for each in found:
         table.add_row(*(Text(text, overflow="fold") for text in _session_row(each)))
-    Console().print(table)
+    _console().print(table)
 
 
 @session.command("add")
@@ -191,7 +251,7 @@ def list_leases(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     table = Table("name", "pool", "addresses", "ends", "route", "state", title="leases")
     for each in found:
         table.add_row(*(Text(text, overflow="fold") for text in _lease_row(each)))
-    Console().print(table)
+    _console().print(table)
 
 
 @lease.command("add")
@@ -238,7 +298,7 @@ def list_routes(service: Service, config: Config = DEFAULT_CONFIG, as_json: Json
     table = Table("when", "source", "target", "from", "state", title=f"routes of {service}")
     for each in found:
         table.add_row(*(Text(text, overflow="fold") for text in _route_row(each)))
-    Console().print(table)
+    _console().print(table)
 
 
 @route.command("add")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,21 @@ EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, typer.Argument(help="The configuration, in TOML.", metavar="FILE")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"steerd {metadata.version('steerd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Many daemons behind one address and port: decides once where a connection goes, and the kernel carries it."""
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from steerd import daemon
 from steerd.cli import ctl, main, probe
 from steerd.client import NotPermittedError
 from steerd.kernel import aliases, ruleset
+from steerd.kernel.nftables import Nftables
 from steerd.model import Reason
-from steerd.telemetry.counters import Counters
+from steerd.telemetry.counters import Counters, Extra
 
 GOOD = """
 [gateway]
@@ -150,6 +153,12 @@ def test_without_a_command_there_is_help(run: Run) -> None:
             assert word in out + err
 
 
+def test_the_version(run: Run) -> None:
+    with (Path(__file__).resolve().parents[2] / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    assert run(main.main, "--version") == (0, f"steerd {version}\n", "")
+
+
 # ---- steerctl ----
 
 
@@ -170,11 +179,47 @@ def test_status_of_a_daemon_that_is_down_shows_what_was_counted_and_that_nobody_
     for slot in range(2):
         counters.slot(slot)[Reason.ROUTE] = 1000
     status, out, err = run(ctl.main, "status", good)
-    assert (status, err) == (0, "")
+    assert (status, err) == (1, "")
+    assert out.startswith(f"Nobody answers at {good[: -len('steerd.toml')]}run/api.sock: steerd does not run.")
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     assert ["route", "2,000"] in lines
     assert ["malformed_extension", "0"] in lines
     assert [line[0] for line in lines if line[1].startswith("nobody")] == ["21300", "21301"]
+
+
+def test_the_legend_has_a_line_for_every_counter_and_nothing_is_cut_in_a_pipe(
+    run: Run, good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_table = re.findall(r"^\tcounter (\w+) ", ruleset.template_path().read_text(), re.MULTILINE)
+    monkeypatch.setattr(Nftables, "counters", lambda _self: dict.fromkeys(in_table, 7))
+    (Path(good).parent / "run").mkdir()
+    counters = Counters.create(Path(good).parent / "run" / "counters", 2)
+    for reason in Reason:
+        counters.slot(0)[reason] = 5
+    _, plain, _ = run(ctl.main, "status", good)
+    assert "meaning" not in plain
+    _, out, _ = run(ctl.main, "status", good, "--legend")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    meanings = {row[0]: row[2] for row in rows if len(row) == 3}
+    named = {each.name.lower() for kind in (Reason, Extra) for each in kind} | set(in_table)
+    assert meanings.keys() == named
+    assert all(len(meaning) > 10 for meaning in meanings.values())
+    assert meanings["route"] == "A route matched."
+    assert meanings["not_sent"].startswith("Packets of a worker's own")
+    assert meanings["not_sent"].endswith("(then the log has the first).")
+    assert meanings["direct"] == "dropped: sent from outside straight to an alias"
+
+
+def test_status_of_a_daemon_that_answers(run: Run, good: str) -> None:
+    run_dir = Path(good).parent / "run"
+    run_dir.mkdir()
+    Counters.create(run_dir / "counters", 2)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(run_dir / "api.sock"))
+        listening.listen()
+        status, out, err = run(ctl.main, "status", good)
+    assert (status, err) == (0, "")
+    assert "does not run" not in out
 
 
 @pytest.mark.parametrize(
