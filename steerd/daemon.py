@@ -37,6 +37,8 @@ from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
 
+FIXED = ("mark", "workers", "first_queue", "state_dir", "run_dir", "queue_length", "receive_buffer", "access_log")
+"""Of config.Gateway: what a reload cannot change."""
 _WATCH_SECONDS = 1.0
 # conntrack's shortest timeout of a connection that its client may not have closed yet is 30 s (last_ack).
 _OVER = 20
@@ -475,19 +477,10 @@ class Daemon:
 
     def _apply(self, new: Config) -> None:
         """Put a new configuration in force: what it adds first, what it takes away last."""
-        fixed = (
-            "mark",
-            "workers",
-            "first_queue",
-            "state_dir",
-            "run_dir",
-            "queue_length",
-            "receive_buffer",
-            "access_log",
-        )
-        for key in fixed:
+        for key in FIXED:
             if getattr(new.gateway, key) != getattr(self._config.gateway, key):
-                raise SteerdError(f"{new.file}: gateway.{key} changed, which needs a restart of the daemon")
+                name = "mark_bits" if key == "mark" else key
+                raise SteerdError(f"{new.file}: gateway.{name} changed, which needs a restart of the daemon")
         aliases.reconcile([*new.pools.values(), *self._config.pools.values()])
         try:
             self._publish(new)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from steerd import config
+from steerd import config, daemon
 from steerd.cli import ctl, main
 from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.model import TCP, UDP, Reason
@@ -22,7 +22,10 @@ TABLE = (ROOT / "nft" / "steerd.nft").read_text()
 
 
 def test_the_examples_are_configurations_without_a_mistake() -> None:
-    first, datagrams = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    beginners, first, datagrams = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (service,) = config.parse(beginners, "README.md").services
+    assert service.inspect == ("tls", "http")
+    assert len([line for line in beginners.splitlines() if line.strip()]) <= 15
     (service,) = config.parse(first, "README.md").services
     assert service.name == "web"
     assert len([line for line in first.splitlines() if line.strip()]) <= 11
@@ -54,6 +57,22 @@ def test_other_defaults() -> None:
         f"| `state_dir`, `run_dir` | `{gateway.state_dir}`, `{gateway.run_dir}` |",
     ):
         assert text in README
+
+
+def test_a_server_that_speaks_first() -> None:
+    text = 'endpoints = ["203.0.113.10:25/tcp"]\non_silence = "10.64.0.1:25"\ndefault = "10.64.0.1:25"'
+    (written,) = re.findall(r"write `(inspect = .*?)` and `on_silence`", README)
+    pool = '[pools.p]\nprefixes = ["10.64.0.0/24"]\n[services.mail]\n'
+    (service,) = config.parse(f"{pool}{written}\n{text}", "").services
+    assert service.is_late
+    assert f"at\nmost {config.Pending().source_connections} in each" in README
+
+
+def test_what_a_reload_cannot_change() -> None:
+    """Each of them is a key, and the daemon refuses to change it."""
+    (sentence,) = re.findall(r"A reload cannot change (.*?):", README, re.DOTALL)
+    names = {name.replace("mark_bits", "mark") for name in re.findall(r"`(\w+)`", sentence)}
+    assert names == set(daemon.FIXED)
 
 
 def test_the_numbers_of_datagrams() -> None:
