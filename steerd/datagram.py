@@ -129,7 +129,7 @@ class Datagram:
             return Verdict(KEEP_ID)
         if decision.outcome is not Outcome.STEER:
             return Verdict(PASS_ID) if decision.outcome is Outcome.PASS else DROP
-        decided = _Decided(decision.target_id, bool(earlier), decision.keys.get(quic.FIRST_ID))
+        decided = _Decided(decision.target_id, bool(earlier), _connection(decision))
         if not self._engine.decides_every_datagram(packet):
             self._decided[packet.flow] = decided
         self._after.extend(partial(self._send, copy, decided.target_id) for copy in earlier)
@@ -145,6 +145,11 @@ class Datagram:
     def _forget_decided(self) -> None:
         self._judged = 0
         self._decided_before, self._decided = self._decided, {}
+
+
+def _connection(decision: Decision) -> str | None:
+    """Of a version that cannot be read: none that the client could begin again."""
+    return decision.keys.get(quic.FIRST_ID, "" if quic.PACKET in decision.keys else None)
 
 
 def _begins_another(payload: bytes, decided: _Decided) -> bool:
