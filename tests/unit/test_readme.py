@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from steerd import config, daemon
 from steerd.cli import ctl, main
 from steerd.core.datagrams import MAX_DATAGRAMS
+from steerd.errors import SteerdError
 from steerd.model import TCP, UDP, Reason
 from steerd.telemetry.counters import Extra
 from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Parser, transports
@@ -73,6 +76,11 @@ def test_what_a_reload_cannot_change() -> None:
     (sentence,) = re.findall(r"A reload cannot change (.*?):", README, re.DOTALL)
     names = {name.replace("mark_bits", "mark") for name in re.findall(r"`(\w+)`", sentence)}
     assert names == set(daemon.FIXED)
+    for key in names - {"mark"}:
+        assert hasattr(config.parse("", "").gateway, key)
+    running = SimpleNamespace(_config=config.parse("", ""))
+    with pytest.raises(SteerdError, match=r"^new: gateway\.mark_bits changed, which needs a restart of the daemon$"):
+        daemon.Daemon._apply(cast(daemon.Daemon, running), config.parse('[gateway]\nmark_bits = "0-23"', "new"))
 
 
 def test_the_numbers_of_datagrams() -> None:
