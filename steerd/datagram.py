@@ -36,6 +36,10 @@ LOOK_SECONDS = 0.25
 _EVICTED = {datagrams.Why.SOURCE: Extra.EVICTED_SOURCE, datagrams.Why.TOTAL: Extra.EVICTED_TOTAL}
 
 
+_UNKNOWN_VERSION = ""
+"""In the place of a connection id: the version could not be read, and none is one that the client could begin again."""
+
+
 class _Decided(NamedTuple):
     """A flow that was decided a moment ago."""
 
@@ -50,7 +54,7 @@ class Datagram:
     """All flows of datagrams of one worker that are undecided.
 
     `settle` is the worker's (see Late); what has to wait for the verdict is added to `after`. `send` sends an IP packet
-    to a target. At most `queue_length` packets wait for the worker at a time.
+    to a target, `forget` has conntrack forget a flow. At most `queue_length` packets wait for the worker at a time.
     """
 
     def __init__(
@@ -59,13 +63,16 @@ class Datagram:
         slot: memoryview,
         after: list[Callable[[], None]],
         send: Callable[[bytes, int], None],
+        forget: Callable[[Flow], object],
         queue_length: int,
     ) -> None:
         self._settle = settle
         self._slot = slot
         self._after = after
         self._send = send
+        self._forget = forget
         self._queue_length = queue_length
+        self._negotiating: list[Flow] = []
         self._looked = 0.0
         self._judged = 0
         self._decided: dict[Flow, _Decided] = {}
@@ -85,7 +92,7 @@ class Datagram:
 
     def __len__(self) -> int:
         """How many flows wait for something: a decision, or to be forgotten after it."""
-        return len(self._undecided) + len(self._decided) + len(self._decided_before)
+        return len(self._undecided) + len(self._decided) + len(self._decided_before) + len(self._negotiating)
 
     def judge(self, packet: Packet, raw: bytes) -> Verdict:
         """What becomes of a queued datagram; `raw` are its bytes, as far as they were copied."""
@@ -115,6 +122,9 @@ class Datagram:
         """Forget flows whose time is over."""
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
+            for flow in self._negotiating:
+                self._forget(flow)
+            self._negotiating.clear()
             for first in self._undecided.expire(now):
                 self._settle(first, self._engine.give_up(first, Reason.TOO_SLOW))
 
@@ -132,6 +142,9 @@ class Datagram:
         decided = _Decided(decision.target_id, bool(earlier), _connection(decision))
         if not self._engine.decides_every_datagram(packet):
             self._decided[packet.flow] = decided
+        if decided.connection == _UNKNOWN_VERSION and len(self._negotiating) < self._queue_length:
+            # By now its versions are offered to the client, whose next try may name another daemon.
+            self._negotiating.append(packet.flow)
         self._after.extend(partial(self._send, copy, decided.target_id) for copy in earlier)
         return self._go_on(decided, raw)
 
@@ -148,8 +161,7 @@ class Datagram:
 
 
 def _connection(decision: Decision) -> str | None:
-    """Of a version that cannot be read: none that the client could begin again."""
-    return decision.keys.get(quic.FIRST_ID, "" if quic.PACKET in decision.keys else None)
+    return decision.keys.get(quic.FIRST_ID, _UNKNOWN_VERSION if quic.PACKET in decision.keys else None)
 
 
 def _begins_another(payload: bytes, decided: _Decided) -> bool:

@@ -47,7 +47,7 @@ from steerd.kernel.inject import Injector
 from steerd.kernel.nftables import Nftables
 from steerd.kernel.queue import DROP, Verdict
 from steerd.kernel.ruleset import flow_key
-from steerd.model import Answer, Flow, Outcome, Reason
+from steerd.model import UDP, Answer, Flow, Outcome, Reason
 from steerd.telemetry.counters import Extra
 from steerd.wire import segment
 from steerd.wire.packet import FIN, URG, Packet, is_cut, is_damaged
@@ -134,6 +134,10 @@ class Late:
     def send(self, packet: bytes, target_id: int) -> None:
         """Send an IP packet, decided for this target, now. Raises OSError as Injector.send does."""
         self._injector.send(packet, self._mark.field(target_id))
+
+    def forget(self, flow: Flow) -> bool:
+        """Have conntrack forget a flow of datagrams; whether there was one."""
+        return self._conntrack.delete(flow, UDP)
 
     def syn(self, packet: Packet) -> Verdict:
         """A SYN that said too little after all: the same without what only seemed to say something goes round once

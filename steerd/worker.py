@@ -79,7 +79,9 @@ class Worker:
         self._rulings: list[Ruling] = []
         self._tasks: list[Callable[[], None]] = []
         self._late = Late(self._settle, self._give, self._slot, self._nftables)
-        self._datagram = Datagram(self._settle, self._slot, self._late.after, self._late.send, settings.queue_length)
+        self._datagram = Datagram(
+            self._settle, self._slot, self._late.after, self._late.send, self._late.forget, settings.queue_length
+        )
         self._refresh()
         self._queue = self._bind()
         self._waiting = False
