@@ -78,6 +78,9 @@ TICK_SECONDS = 0.02
 """As often as pending connections are looked through for those whose time is over."""
 
 _MAX_UNDELIVERED = 4096
+_SILENT_SECONDS = 1.0
+_SILENT_TRIES = 8
+"""As long, and about as often, as a client repeats its SYN to a daemon whose backlog is full."""
 _TRIES = 10
 """Ticks for which a distant daemon's answer to the kernel's SYN is waited for. After that the client repeats itself."""
 
@@ -87,6 +90,15 @@ class _Waiting(NamedTuple):
 
     flow: Flow
     copy: bytes
+    tries: int
+
+
+class _Opening(NamedTuple):
+    """A connection that silence has decided. Its client has nothing to repeat, so it is for us to try again."""
+
+    due: float
+    first: Packet
+    decision: Decision
     tries: int
 
 
@@ -117,6 +129,7 @@ class Late:
         # Connections whose copy the kernel did not take were not opened, whatever conntrack holds for their ports.
         self._undelivered: set[Flow] = set()
         self._waiting: list[_Waiting] = []
+        self._opening: list[_Opening] = []
 
     def refresh(self, engine: Engine, mark: MarkLayout, limits: pending.Limits, handshake: Handshake) -> None:
         """A new plan is in force. What is undecided stays, and is decided by it."""
@@ -129,7 +142,7 @@ class Late:
 
     def __len__(self) -> int:
         """How many connections wait for a decision, or for their daemon's host."""
-        return len(self._pending) + len(self._waiting)
+        return len(self._pending) + len(self._waiting) + len(self._opening)
 
     def send(self, packet: bytes, target_id: int) -> None:
         """Send an IP packet, decided for this target, now. Raises OSError as Injector.send does."""
@@ -171,22 +184,38 @@ class Late:
         self._looked = now
         for action in self._pending.expire(now):
             if isinstance(action, Silence):
-                self._end_silence(action.first)
+                self._end_silence(action.first, now)
             else:
                 self._give_up(action)
+        opening, self._opening = self._opening, []
+        for each in opening:
+            if each.due > now:
+                self._opening.append(each)
+            elif not self._conntrack.is_answered(each.first.flow):
+                self._open_silent(each.first, each.decision, each.tries, now)
         waiting, self._waiting = self._waiting, []
         for flow, copy, tries in waiting:
             self.after.append(partial(self._deliver, flow, copy, tries))
 
-    def _end_silence(self, first: Packet) -> None:
+    def _end_silence(self, first: Packet, now: float) -> None:
         if self._conntrack.is_answered(first.flow):  # the client has used its port for another connection since
             self._slot[Extra.DELIVERED_BEFORE] += 1
             return
         decision = self._settle(first, self._engine.decide_silence(first))
-        self._open(first, decision, b"")
         if decision.outcome is Outcome.STEER:
-            # There is no payload whose copy would end the daemon's handshake.
-            self.after.append(partial(self._deliver, first.flow, segment.bare_ack(first)))
+            self._open_silent(first, decision, _SILENT_TRIES, now)
+        else:
+            self._open(first, decision, b"")
+
+    def _open_silent(self, first: Packet, decision: Decision, tries: int, now: float) -> None:
+        """Open a connection without payload, and look again: the daemon's backlog may be full."""
+        if not tries:
+            self._send_later(segment.reset(first))
+            return
+        self._open(first, decision, b"")
+        # There is no payload whose copy would end the daemon's handshake.
+        self.after.append(partial(self._deliver, first.flow, segment.bare_ack(first)))
+        self._opening.append(_Opening(now + _SILENT_SECONDS, first, decision, tries - 1))
 
     def _inspect(self, packet: Packet, data: bytes) -> Decision | Literal[Answer.NEED_MORE]:
         return self._engine.decide_first(packet, data)

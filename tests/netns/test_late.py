@@ -5,6 +5,7 @@ Topology: tests/netns/gateway.py (one client, one gateway, endpoints 203.0.113.1
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -188,6 +189,25 @@ def test_silence_has_a_target_of_its_own(lab: Gateway, version: int) -> None:
         client.sendall(b"and then the client speaks")
         assert client.recv(100) == b"and then the client speaks"
     assert ask(lab, "a.example", version).startswith(name(version, 1))
+
+
+@both
+def test_silent_clients_wait_for_a_daemon_whose_backlog_is_full(lab: Gateway, version: int) -> None:
+    """They have nothing to repeat, so steerd opens their connections again."""
+    start(lab, 'on_silence = ["10.64.0.9:8025", "[fd00:64::9]:8025"]\nfirst_payload_timeout = 0.2')
+    with lab.host.entered():
+        daemon = socket.create_server(
+            ("10.64.0.9" if version == 4 else "fd00:64::9", 8025),
+            family=socket.AF_INET if version == 4 else socket.AF_INET6,
+            backlog=1,
+        )
+    with daemon, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(lab, version)) for _ in range(6)]
+        lab.wait(lambda: "SYN_SENT" in lab.host.sh("cat /proc/net/nf_conntrack"), "the backlog is full")
+        greeted = [stack.enter_context(daemon.accept()[0]) for _ in clients]
+        for each in greeted:
+            each.sendall(b"220 ready")
+        assert [client.recv(100) for client in clients] == [b"220 ready"] * 6
 
 
 @both
