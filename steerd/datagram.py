@@ -72,7 +72,7 @@ class Datagram:
         self._send = send
         self._forget = forget
         self._queue_length = queue_length
-        self._negotiating: list[Flow] = []
+        self._negotiating: list[tuple[float, Flow]] = []
         self._looked = 0.0
         self._judged = 0
         self._decided: dict[Flow, _Decided] = {}
@@ -122,9 +122,8 @@ class Datagram:
         """Forget flows whose time is over."""
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
-            for flow in self._negotiating:
-                self._forget(flow)
-            self._negotiating.clear()
+            while self._negotiating and self._negotiating[0][0] <= now:
+                self._forget(self._negotiating.pop(0)[1])
             for first in self._undecided.expire(now):
                 self._settle(first, self._engine.give_up(first, Reason.TOO_SLOW))
 
@@ -143,8 +142,8 @@ class Datagram:
         if not self._engine.decides_every_datagram(packet):
             self._decided[packet.flow] = decided
         if decided.connection == _UNKNOWN_VERSION and len(self._negotiating) < self._queue_length:
-            # By now its versions are offered to the client, whose next try may name another daemon.
-            self._negotiating.append(packet.flow)
+            # Once versions are offered to the client, its next try may name another daemon.
+            self._negotiating.append((time.monotonic() + LOOK_SECONDS, packet.flow))
         self._after.extend(partial(self._send, copy, decided.target_id) for copy in earlier)
         return self._go_on(decided, raw)
 

@@ -142,7 +142,7 @@ class Reason(enum.IntEnum):
     SILENCE = 13
     """The client said nothing for `first_payload_timeout`, and the service has a target for that."""
     TOO_LONG = 14
-    """A first payload of `pending_bytes` does not suffice for a decision."""
+    """A first payload of `pending.connection_bytes` does not suffice for a decision."""
     TOO_SLOW = 15
     """A first payload did not suffice within `first_payload_timeout`."""
     CONFLICT = 16

@@ -32,11 +32,10 @@ D = TypeVar("D")
 
 
 class Why(enum.Enum):
-    """Why something was dropped or pushed out. Closed: each has one counter."""
+    """Why a flow was pushed out. Closed: each has one counter."""
 
     SOURCE = "source"
     TOTAL = "total"
-    CUT = "cut"
 
 
 class Decide(NamedTuple, Generic[D]):
@@ -55,7 +54,7 @@ class GiveUp(NamedTuple):
 
 
 class Drop(NamedTuple):
-    why: Why
+    pass
 
 
 class _Held(NamedTuple):
@@ -101,7 +100,7 @@ class Datagrams(Generic[D]):
         if cut:
             payloads.pop()
             payloads.memory.clear()
-            return Drop(Why.CUT)
+            return Drop()
         if len(payloads) >= MAX_DATAGRAMS or sum(map(len, payloads)) >= self.limits.connection_bytes:
             if held is not None:
                 self._forget(flow, held)

@@ -124,12 +124,12 @@ class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
     on_silence: TargetIds | None
     """None: a client that says nothing is of no interest."""
     sessions: SessionsPlan | None = None
+    """None: the service has no session ids."""
     datagram_parsers: list[PayloadParser] = []
     connection_ids: list[quic_lb.Config] = []
     """How QUIC daemons put their server ids into connection ids."""
     trusted_proxies: list[tuple[bytes, int]] | None = None
     """Packed network address and prefix length of each; None: the PROXY protocol is not inspected."""
-    """None: the service has no session ids."""
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):

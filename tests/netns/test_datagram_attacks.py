@@ -115,9 +115,8 @@ def test_a_client_does_not_choose_what_is_learnt(lab: Gateway, version: int) -> 
         daemon = socket.socket(family, socket.SOCK_DGRAM)
     daemon.bind((ALIAS[version].format(3), 9443))
     daemon.settimeout(5 * SLOWER)
-    unknown = b"\xc0\x0a\x0a\x0a\x0a\x08CHOSENID\x08clientid".ljust(1200, b"\0")
     with daemon, client(lab, version, 443) as asking:
-        asking.send(unknown)
+        asking.send(initial("other.example", 1)[0])
         _, peer = daemon.recvfrom(2000)
         for kind, learnt in ((bytes(4), 0), (b"\0\0\0\1", 1)):
             daemon.sendto(b"\xc0" + kind + b"\x08clientid\x08CHOSENID" + b"\0\0\0\1", peer)

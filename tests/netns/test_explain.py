@@ -36,9 +36,9 @@ def command(lab: Gateway, *arguments: str) -> list[str]:
 
 
 def test_a_live_capture_says_where_connections_went(lab: Gateway) -> None:
-    with subprocess.Popen(
-        command(lab, "--live", "300"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as capture:
+    # Who runs tests in the background has SIGINT ignored, and so have all that they start.
+    heeding = ["env", "--default-signal=INT", *command(lab, "--live", "300")]
+    with subprocess.Popen(heeding, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as capture:
         assert capture.stderr is not None
         assert capture.stderr.readline() == "Looking for 300 s at what arrives; Ctrl-C ends it earlier.\n"
         answers = [ask(lab, "a.example", 4), ask(lab, "b.example", 6), lab.ask(Extension(3, 0), 80)]

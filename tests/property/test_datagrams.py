@@ -81,7 +81,7 @@ class Undecided(RuleBasedStateMachine):
             self.forget(mine)
             return Decide(said, tuple(raw for _, raw in earlier))
         if cut:
-            return Drop(Why.CUT)
+            return Drop()
         if len(said) == MAX_DATAGRAMS or sum(map(len, said)) >= limits.connection_bytes:
             self.forget(mine)
             return GiveUp()
