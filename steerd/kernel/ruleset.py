@@ -38,7 +38,7 @@ FALLBACK_TABLES = ("raw", "mangle")
 _TRANSLATIONS = ("targets4", "targets6", "hosts4", "hosts6")
 _TARGET_MAPS = (*_TRANSLATIONS, "daemons4", "daemons6", "zones", "learned")
 _ZONES = 65535
-_CHECK_SETS = ("translated4", "translated6", "translated_hosts4", "translated_hosts6")
+_TARGET_SETS = ("translated4", "translated6", "translated_hosts4", "translated_hosts6", "answering4", "answering6")
 
 
 class Settings(NamedTuple):
@@ -263,7 +263,7 @@ def _port_ranges(wanted: set[int], taken: set[int]) -> list[str]:
 def flush_targets() -> str:
     """nft commands that empty what workers have put into the table. Only while no worker is bound."""
     return "".join(f"flush map inet {TABLE} {name}\n" for name in _TARGET_MAPS) + "".join(
-        f"flush set inet {TABLE} {name}\n" for name in _CHECK_SETS
+        f"flush set inet {TABLE} {name}\n" for name in _TARGET_SETS
     )
 
 
@@ -293,7 +293,11 @@ def datagram_elements(mark_value: int, target_id: int, target: Target, dport: in
     key = mark_value.to_bytes(4, sys.byteorder)
     daemon = target.address.packed + (target.port or dport).to_bytes(2, "big") + b"\0\0"
     zone = (target_id - FIRST_TARGET_ID) % _ZONES + 1
-    return [Element(f"daemons{version}", daemon, key), Element("zones", key, zone.to_bytes(2, sys.byteorder))]
+    return [
+        Element(f"daemons{version}", daemon, key),
+        Element(f"answering{version}", daemon, None),
+        Element("zones", key, zone.to_bytes(2, sys.byteorder)),
+    ]
 
 
 def targets_agree(nftables: Nftables, mark: MarkLayout, target: Callable[[int], Target | None]) -> bool:

@@ -297,9 +297,11 @@ def test_what_the_daemon_fills_in_are_sets_of_the_template() -> None:
         for element in ruleset.target_elements(0x1000, Target(ipaddress.ip_address(text), port))
     ]
     target = Target(ipaddress.ip_address("10.64.0.1"), 0)
-    daemons, zones = ruleset.datagram_elements(0x1000, 16, target, 53)
-    assert (daemons.name, daemons.key[:6], zones.name) == ("daemons4", target.address.packed + b"\0\x35", "zones")
-    assert set(elements) | {"daemons4", "daemons6", "zones", "learned"} == emptied
+    daemons, answering, zones = ruleset.datagram_elements(0x1000, 16, target, 53)
+    assert (daemons.name, answering.name, zones.name) == ("daemons4", "answering4", "zones")
+    assert daemons.key[:6] == answering.key[:6] == target.address.packed + b"\0\x35"
+    of_datagrams = {"daemons4", "daemons6", "answering4", "answering6", "zones", "learned"}
+    assert set(elements) | of_datagrams == emptied
     assert len(elements) == len(set(elements))
 
 

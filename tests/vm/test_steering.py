@@ -1,4 +1,4 @@
-"""Early and late steering on a stock kernel: native `queue`, dummy devices, synproxy, the whole daemon.
+"""Early, late and datagram steering on a stock kernel: native `queue`, dummy devices, synproxy, the whole daemon.
 Topology: tests/netns/gateway.py.
 
 One gateway serves all of it: to start the daemon is the slow part under emulation.
@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable
 
 import pytest
+from scapy.layers.dns import DNS, DNSQR
 
 from steerd.model import Extension, Reason
 from steerd.telemetry.counters import Counters
-from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
+from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
 from tests.netns.lab import Host
+from tests.netns.test_datagram import ALIAS, FLOWS, QUERIES, answer, client, name
+from tests.netns.udp_responder import bind
 
 CONFIG = """
 [pools.tenants]
@@ -42,18 +45,54 @@ routes = [
     { when = { "http.host" = "b.example" }, target = ["10.64.0.2:8080", "[fd00:64::2]:8080"] },
 ]
 """
+UNKNOWN_VERSION = b"\x1a\x2a\x3a\x4a"
+QUIC = """
+[services.quic]
+endpoints = ["203.0.113.10:443/udp", "[2001:db8::10]:443/udp"]
+inspect = ["quic"]
+default = ["10.64.0.1:4433", "[fd00:64::1]:4433"]
+[services.quic.quic]
+rebinding = true
+"""
 
 
 def late_client(lab: Gateway, version: int) -> socket.socket:
-    client = lab.socket(None, version=version)
-    client.connect((ENDPOINT4 if version == 4 else ENDPOINT6, 80))
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return client
+    made = lab.socket(None, version=version)
+    made.connect((ENDPOINT4 if version == 4 else ENDPOINT6, 80))
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
+
+
+def datagrams_are_steered(lab: Gateway) -> None:
+    """A flow stays where its first datagram went, queries go one by one, a connection id is learnt."""
+    lab.respond(
+        *((ALIAS[version].format(1), 2, port) for version in (4, 6) for port in (9000, 53)), program="udp_responder"
+    )
+    for version in (4, 6):
+        for prefix, index in ((b"a", 1), (b"b", 2)):
+            with client(lab, version) as asking:
+                for data in (prefix, b"whatever", b"a", b"b"):
+                    assert answer(asking, data)[0] == name(version, index, 9000)
+        with client(lab, version, 53) as asking:
+            for letter, index in (("a", 1), ("b", 2), ("a", 1)):
+                query = bytes(DNS(id=index, rd=1, qd=DNSQR(qname=f"www.{letter}.example")))
+                assert answer(asking, query)[0] == name(version, index, 53)
+        with lab.host.entered():
+            daemon = bind(ALIAS[version].format(1), 4433)
+        daemon.settimeout(5 * SLOWER)
+        with daemon, client(lab, version, 443) as asking, client(lab, version, 443) as moved:
+            asking.send(b"\xc0" + UNKNOWN_VERSION + b"\x08its-name\x05about".ljust(1200, b"."))
+            data, peer = daemon.recvfrom(2000)
+            assert (data[6:14], peer[:2]) == (b"its-name", asking.getsockname()[:2])
+            daemon.sendto(b"\xc0" + UNKNOWN_VERSION + b"\x08its-name\x0a%d-my-name." % version, peer)
+            assert asking.recv(2000)[15:24] == b"%d-my-name" % version
+            moved.send(b"\x40%d-my-name. and so on" % version)
+            assert daemon.recvfrom(2000)[1][:2] == moved.getsockname()[:2]
 
 
 def test_steering_by_native_queue_dummy_devices_and_synproxy(new_host: Callable[[str], Host]) -> None:
     with gateway(new_host) as lab:
-        lab.configure(CONFIG)
+        lab.configure(CONFIG + FLOWS + QUERIES + QUIC)
         lab.start()
         lab.respond(
             ("10.64.0.0", 64, 8080), ("fd00:64::", 64, 8080), ("10.65.0.9", 1, 443), ("fd00:65::9", 1, 443)
@@ -105,6 +144,9 @@ def test_steering_by_native_queue_dummy_devices_and_synproxy(new_host: Callable[
                 client.sendall(b"GET / HTTP/1.1\r\nHost: c.example\r\n\r\n")
                 with pytest.raises(ConnectionResetError):
                     client.recv(256)
+
+        datagrams_are_steered(lab)
+        assert lab.counters()["learnt"] == 2
         assert counters.total(Reason.FAULT) == 0
 
         lab.stop()
