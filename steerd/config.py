@@ -57,7 +57,7 @@ from steerd.wire import dns, portext, quic, quic_lb
 from steerd.wire.portext import Numbers
 from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, PATTERNED, REGISTRY, check_patterns, transports
 
-PORT_EXTENSION = "port-extension"
+PORT_EXTENSION = portext.NAME
 """The word in `inspect` that stands for the port extension; it reads headers, hence it is no payload parser."""
 
 QUIC = "quic"

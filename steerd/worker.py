@@ -224,7 +224,9 @@ class Worker:
         """Make the decision's claim, have the kernel know its target, count and log it; returns the decision that
         counts then."""
         if decision.claim is not None and not self._claimant.claim(decision.claim):
-            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(keys=decision.keys)
+            decision = self._engine.give_up(packet, Reason.SESSION_REFUSED)._replace(
+                keys=decision.keys, parser=decision.parser
+            )
         if decision.outcome is Outcome.STEER:
             if decision.target_id not in self._loaded:
                 decision = self._load(decision)

@@ -156,6 +156,8 @@ class Decision(NamedTuple):
     """The packet carried a port extension of ours that cannot be read."""
     claim: Claim | None = None
     """To be made before the packet is steered; if it is not granted, `give_up` says what becomes of the packet."""
+    parser: str = ""
+    """Who gave the keys: a payload parser, by name, or portext.NAME; "" if nobody gave any."""
 
 
 class _Ranges(NamedTuple):
@@ -170,12 +172,12 @@ class _Service(NamedTuple):
     """A ServicePlan with its parsers made."""
 
     plan: ServicePlan
-    inspectors: list[tuple[Inspect, bool]]
-    """Each with whether it is exclusive."""
+    inspectors: list[tuple[str, Inspect, bool]]
+    """Each with its name, and whether it is exclusive."""
     routes_source_extensions: bool
     trusted: list[tuple[int, int, int]] | None
     """Of `plan.trusted_proxies`: bytes of an address, how many low bits do not count, and the others."""
-    datagram_inspectors: list[tuple[InspectDatagrams, bool]]
+    datagram_inspectors: list[tuple[str, InspectDatagrams, bool]]
     decides_every_datagram: bool
 
 
@@ -194,6 +196,8 @@ class _Reading(NamedTuple):
     """The client's packed address, from whichever header names it."""
     refused: Reason | None = None
     """Why it goes nowhere: an untrusted PROXY header, or, unless a route says otherwise, an unknown connection."""
+    parser: str = ""
+    """The one that recognised its protocol; else the last one that gave keys."""
 
 
 class Engine:
@@ -346,32 +350,35 @@ class Engine:
         """A known session; else the best route; else arithmetic; else what `otherwise` says."""
         plan = service.plan
         keys = reading.keys
+        parser = reading.parser or (portext.NAME if extension != NOT_EXTENDED else "")
         if reading.refused is Reason.UNTRUSTED_PROXY:
-            return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed)
+            return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed, None, parser)
         if plan.sessions is not None:
             ruling = judge(plan.sessions, plan.name, keys, reading.source, packet.version, self._find)
             if ruling is not None and ruling.refused:
-                return Decision(plan.unmatched, Reason.SESSION_REFUSED, NO_TARGET, plan.name, keys, malformed)
+                return Decision(
+                    plan.unmatched, Reason.SESSION_REFUSED, NO_TARGET, plan.name, keys, malformed, None, parser
+                )
             if ruling is not None:
-                decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed)
+                decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed, parser)
                 return decision._replace(claim=ruling.claim)
         if plan.probes:
             entry = lookup(plan.probes, keys, reading.source, self._get)
             if entry is not None:
                 target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:8], "big")
-                return self._steer(plan, Reason.ROUTE, target_id, keys, malformed)
+                return self._steer(plan, Reason.ROUTE, target_id, keys, malformed, parser)
         if plan.mapping is not None:
             target_id = plan.mapping.target_id(extension, packet.dport, packet.version)
             if target_id:
-                return self._steer(plan, Reason.ARITHMETIC, target_id, keys, malformed)
+                return self._steer(plan, Reason.ARITHMETIC, target_id, keys, malformed, portext.NAME)
         if reading.refused is not None:
-            return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed)
+            return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed, None, parser)
         if otherwise is Reason.UNEXTENDED_PASS:
-            return Decision(Outcome.PASS, otherwise, NO_TARGET, plan.name, keys, malformed)
+            return Decision(Outcome.PASS, otherwise, NO_TARGET, plan.name, keys, malformed, None, parser)
         if otherwise in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT):
             target_id = plan.default.ipv4 if packet.version == 4 else plan.default.ipv6
-            return self._steer(plan, otherwise, target_id, keys, malformed)
-        return Decision(plan.unmatched, otherwise, NO_TARGET, plan.name, keys, malformed)
+            return self._steer(plan, otherwise, target_id, keys, malformed, parser)
+        return Decision(plan.unmatched, otherwise, NO_TARGET, plan.name, keys, malformed, None, parser)
 
     def _service_at(self, packet: Packet) -> _Service | None:
         ranges = self._ranges.get((packet.dst, packet.protocol))
@@ -383,20 +390,22 @@ class Engine:
         return self._services[ranges.service[position]]
 
     @staticmethod
-    def _steer(plan: ServicePlan, reason: Reason, target_id: int, keys: Keys, malformed: bool) -> Decision:
+    def _steer(
+        plan: ServicePlan, reason: Reason, target_id: int, keys: Keys, malformed: bool, parser: str = ""
+    ) -> Decision:
         if target_id == NO_TARGET:
-            return Decision(plan.unmatched, Reason.NO_FAMILY, NO_TARGET, plan.name, keys, malformed)
-        return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed)
+            return Decision(plan.unmatched, Reason.NO_FAMILY, NO_TARGET, plan.name, keys, malformed, None, parser)
+        return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed, None, parser)
 
 
-def _inspector(parser: PayloadParser, watch: Watch | None) -> tuple[Inspect, bool]:
+def _inspector(parser: PayloadParser, watch: Watch | None) -> tuple[str, Inspect, bool]:
     registered = REGISTRY[parser.name]
-    return _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
+    return parser.name, _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
 
 
-def _datagram_inspector(parser: PayloadParser, watch: Watch | None) -> tuple[InspectDatagrams, bool]:
+def _datagram_inspector(parser: PayloadParser, watch: Watch | None) -> tuple[str, InspectDatagrams, bool]:
     registered = DATAGRAMS[parser.name]
-    return _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
+    return parser.name, _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
 
 
 def _watched(
@@ -428,6 +437,7 @@ def _is_trusted(proxies: list[tuple[int, int, int]], source: bytes) -> bool:
 def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:
     keys: Keys = {}
     source = packet.src
+    parser = ""
     if service.trusted is not None:
         if not _is_trusted(service.trusted, packet.src):
             claimed = proxy.is_claimed(payload)
@@ -436,36 +446,40 @@ def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:
             if claimed:
                 header = proxy.read(payload)
                 keys = dict(header.keys) if isinstance(header, proxy.Header) else keys
-                return _Reading(keys, True, source, Reason.UNTRUSTED_PROXY)
+                return _Reading(keys, True, source, Reason.UNTRUSTED_PROXY, proxy.PARSER.name)
         header = proxy.read(payload)
         if header is Answer.NEED_MORE:
             return _Reading(keys, False, source)
         if isinstance(header, proxy.Header):
             keys = dict(header.keys)
+            parser = proxy.PARSER.name
             source = header.source or source
             payload = payload[header.length :]
             if not payload and service.inspectors:
                 return _Reading(keys, False, source)
-    for inspect, exclusive in service.inspectors:
+    for name, inspect, exclusive in service.inspectors:
         answer = inspect(payload)
         if answer is Answer.NEED_MORE:
             return _Reading(keys, False, source)
         if answer is not Answer.NOT_MINE:
             keys |= answer
+            parser = name
             if exclusive:
                 break
-    return _Reading(keys, True, source)
+    return _Reading(keys, True, source, None, parser)
 
 
 def _read_datagrams(service: _Service, packet: Packet, payloads: Sequence[bytes]) -> _Reading:
     keys: Keys = {}
     refused = None
-    for inspect, exclusive in service.datagram_inspectors:
+    parser = ""
+    for name, inspect, exclusive in service.datagram_inspectors:
         answer = inspect(payloads)
         if answer is Answer.NEED_MORE:
             return _Reading(keys, False, packet.src)
         if answer is not Answer.NOT_MINE:
             keys |= answer
+            parser = name
             if exclusive:
                 break
     if keys.get(quic.PACKET) in quic.MID_CONNECTION:
@@ -473,7 +487,7 @@ def _read_datagrams(service: _Service, packet: Packet, payloads: Sequence[bytes]
         server_id = quic_lb.server_id(service.plan.connection_ids, bytes.fromhex(keys[quic.CONNECTION_ID]))
         if server_id is not None:
             keys[quic.SERVER_ID] = server_id.hex()
-    return _Reading(keys, True, packet.src, refused)
+    return _Reading(keys, True, packet.src, refused, parser)
 
 
 def _as_if_read(service: _Service, packet: Packet, keys: Keys) -> _Reading:

@@ -31,6 +31,8 @@ from typing import NamedTuple
 from steerd.model import Extension, Keys
 from steerd.wire.packet import Packet
 
+NAME = "port-extension"
+"""In `inspect`, and wherever else a payload parser would have its name."""
 DST, SRC, PORT = "portext.dst", "portext.src", "portext.port"
 KEYS = (DST, SRC, PORT)
 

@@ -445,6 +445,45 @@ def test_the_keys_of_a_decision(plan: Decider, packet: Packet, keys: dict[str, s
     assert plan.decide(packet).keys == keys
 
 
+PROXY_HEADER = b"PROXY TCP4 192.0.2.9 203.0.113.18 1 443\r\n"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "data", "source", "parser"),
+    [
+        ("203.0.113.16:443", REQUEST, None, "http"),
+        ("203.0.113.16:443", SSH, None, "prefix"),
+        ("203.0.113.16:443", b"\0" * 20, None, ""),
+        ("203.0.113.13:80", REQUEST, None, "http"),  # behind `prefix`, which gave its keys
+        ("203.0.113.18:443", PROXY_HEADER + REQUEST, "198.51.100.2", "http"),
+        ("203.0.113.18:443", PROXY_HEADER + b"\0" * 20, "198.51.100.2", "proxy"),
+        ("203.0.113.18:443", PROXY_HEADER + REQUEST, "198.51.100.99", "proxy"),
+        ("203.0.113.18:554", play("own"), None, "rtsp"),
+    ],
+)
+def test_a_decision_says_which_parser_gave_its_keys(
+    plan: Decider, endpoint: str, data: bytes, source: str | None, parser: str
+) -> None:
+    decision = plan.first(endpoint, data, source)
+    assert decision is not None
+    assert decision.parser == parser
+
+
+@pytest.mark.parametrize(
+    ("packet", "parser"),
+    [
+        (syn(WEB4), ""),
+        (syn(WEB4, (2, 0)), "port-extension"),
+        (syn(WEB6, (7, 0)), "port-extension"),
+        (syn(WEB4, (1, 0), payload=REQUEST), "http"),  # which found a route
+        (syn(WEB4, (1, 0), payload=OTHER_REQUEST), "port-extension"),  # http found none, and arithmetic decided
+        (syn("203.0.113.99:1"), ""),
+    ],
+)
+def test_a_decision_on_a_syn_says_the_same(plan: Decider, packet: Packet, parser: str) -> None:
+    assert plan.decide(packet).parser == parser
+
+
 @pytest.mark.parametrize("endpoint", [WEB4, "203.0.113.10:1000", "203.0.113.10:22"])
 def test_a_malformed_extension_is_none_and_says_so(plan: Decider, endpoint: str) -> None:
     without = plan.decide(syn(endpoint))
@@ -698,6 +737,15 @@ def test_a_datagram_is_refused_by_silence(tmp_path: Path, unmatched: str) -> Non
         assert decided(plan, PREFIX4, b"x") == dropped()
         assert decided(plan, PREFIX6, b"abc") == dropped(Reason.NO_FAMILY)
         assert decided(plan, PREFIX4, b"") == dropped()
+
+
+def test_a_decision_on_datagrams_says_which_parser_gave_its_keys(datagrams: Decider) -> None:
+    query = bytes(DNS(rd=1, qd=DNSQR(qname="www.a.example", qtype="A")))
+    for payload, parser in ((query, "dns"), (b"not a query", "")):
+        packet = syn("203.0.113.20:53", payload=payload, protocol=UDP)
+        decision = datagrams.engine.decide_datagrams(packet, [payload])
+        assert isinstance(decision, Decision)
+        assert decision.parser == parser
 
 
 def test_each_query_by_its_name_and_type(datagrams: Decider) -> None:
