@@ -2,8 +2,9 @@
 
 Start, in this order, so that nothing is let through half-done: the lock, the registry (ids and plan), the aliases, the
 table, the workers. From then on it repairs what others take away (aliases, the table), keeps the list of ports with
-wildcard listeners, restarts workers that die, and reloads on SIGHUP. On SIGTERM it stops the workers and leaves table
-and aliases as they are: established connections go on, new ones are dropped until it is back (fail closed).
+wildcard listeners, restarts workers that die, and reloads when it is asked to (SIGHUP, `Daemon.reload`). On SIGTERM it
+stops the workers and leaves table and aliases as they are: established connections go on, new ones are dropped until it
+is back (fail closed).
 """
 
 from __future__ import annotations
@@ -182,6 +183,8 @@ class Daemon:
         self._counters = Counters.create(counters, config.gateway.workers)
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
+        # Who waits for the next reload.
+        self._awaiting_reload: list[asyncio.Future[SteerdError | None]] = []
         # The listeners on the wildcard address, and our rules, as the table had them when we last loaded or looked.
         self._wildcard_ports: set[tuple[int, int]] = set()
         self._rules: set[tuple[int, str, int]] = set()
@@ -199,6 +202,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        # One that came before has waited (steerd.__main__).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
         started = time.monotonic()
         plan = self._registry.publish(self._config)
@@ -460,16 +465,36 @@ class Daemon:
             except (SteerdError, OSError) as error:
                 self._log.error("leases cannot be ended; trying again", why=str(error))
 
+    async def reload(self) -> SteerdError | None:
+        """Put the configuration file in force, as it is now. Returns None once it is in force; else why it is not, a
+        ConfigError with every mistake, or what the kernel or the registry refused, and what was in force still is.
+
+        Reloads come one after the other. Those who ask while one runs share the next one, which reads the file anew.
+        """
+        done: asyncio.Future[SteerdError | None] = asyncio.get_running_loop().create_future()
+        self._awaiting_reload.append(done)
+        self._reload.set()
+        return await done
+
     async def _keep_reloading(self) -> None:
         while True:
             await self._reload.wait()
             self._reload.clear()
-            try:
-                new = configuration.load(Path(self._config.file))
-                async with self._changing_aliases, self._changing_table:
-                    await asyncio.to_thread(self._apply, new)
-            except SteerdError as error:
-                self._log.error("not reloaded; the running configuration stays", why=str(error))
+            awaiting, self._awaiting_reload = self._awaiting_reload, []
+            problem = await self._reload_once()
+            for done in awaiting:
+                if not done.done():  # who asked does not wait any more
+                    done.set_result(problem)
+
+    async def _reload_once(self) -> SteerdError | None:
+        try:
+            new = await asyncio.to_thread(configuration.load, self._config.file)
+            async with self._changing_aliases, self._changing_table:
+                await asyncio.to_thread(self._apply, new)
+        except SteerdError as error:
+            self._log.error("not reloaded; the running configuration stays", why=str(error))
+            return error
+        return None
 
     def _publish(self, config: Config) -> None:
         self._registry.publish(config)

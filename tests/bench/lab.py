@@ -279,9 +279,7 @@ class Lab:
             + service
         )
         with log.open("w") as stderr:
-            gateway.system = self.spawn(
-                gateway.host, sys.executable, "-m", "steerd.cli.main", "run", str(config), stderr=stderr
-            )
+            gateway.system = self.spawn(gateway.host, sys.executable, "-m", "steerd", "run", str(config), stderr=stderr)
         self.wait(gateway, log, lambda: '"event": "ready"' in log.read_text())
 
     def translate(self, gateway: Gateway, protocol: str = "tcp") -> None:

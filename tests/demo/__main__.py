@@ -206,7 +206,7 @@ class Demo:
             )
         )
         with self.log.open("w") as log:
-            process = self.spawn(gateway, sys.executable, "-m", "steerd.cli.main", "run", str(config), stderr=log)
+            process = self.spawn(gateway, sys.executable, "-m", "steerd", "run", str(config), stderr=log)
         while True:
             lines = self.log.read_text().splitlines(keepends=True)
             events = {event["event"]: event for event in map(json.loads, filter(_is_event, lines))}

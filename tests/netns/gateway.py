@@ -80,14 +80,15 @@ class Gateway:
         directories = f'state_dir = "{self.directory}/state"\nrun_dir = "{self.directory}/run"\n'
         self.config.write_text(f"[gateway]\n{directories}workers = 2\n{gateway}\n{body}")
 
-    def start(self) -> None:
-        """Start the daemon and wait until every worker is bound."""
+    def start(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Start the daemon, do something else, and wait until every worker is bound."""
         ready = self.count_events("ready")
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(
-                self.host.command(sys.executable, "-m", "steerd.cli.main", "run", str(self.config)),
+                self.host.command(sys.executable, "-m", "steerd", "run", str(self.config)),
                 stderr=log, stdout=log, cwd=ROOT,
             )  # fmt: skip
+        meanwhile()
         self.wait(lambda: self.count_events("ready") > ready, "the daemon is ready")
 
     def stop(self) -> None:

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "worker": EVERYTHING,
     "daemon": EVERYTHING,
     "cli": EVERYTHING,
+    "__main__": EVERYTHING,
 }
 PURE = {"wire", "core", "model", "errors"}
 IMPURE_MODULES = {
