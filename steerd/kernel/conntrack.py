@@ -1,15 +1,23 @@
-"""Conntrack entries: is there one for a connection, and away with it.
+"""Conntrack entries: is there one for a connection, which are there, and away with them.
 
-Layout: include/uapi/linux/netfilter/nfnetlink_conntrack.h; states: nf_conntrack_common.h (enum ip_conntrack_status).
+`entries` is the one way to read them all. It takes about 6 us for each (pyroute2: 200 us), and no lock that would hold
+up packets; a table of hundreds of thousands is for a thread. While it reads, entries come and go: one that is there all
+the time is seen, unless the kernel enlarges its table meanwhile.
+
+Layout: include/uapi/linux/netfilter/nfnetlink_conntrack.h; states: nf_conntrack_common.h (enum ip_conntrack_status),
+nf_conntrack_tcp.h (enum tcp_conntrack).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
+import struct
 import sys
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from steerd.errors import KernelError
 from steerd.kernel.nfnetlink import ACK, GENERIC, NESTED, Nfnetlink, attribute, attributes
@@ -17,17 +25,157 @@ from steerd.model import TCP, UDP, Endpoint, Flow, IPNetwork
 
 _SUBSYS_CTNETLINK = 1
 _GET, _DELETE = 1, 2
-_TUPLE_ORIG, _TUPLE_REPLY, _STATUS = 1, 2, 3
+_TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _PROTOINFO, _TIMEOUT = 1, 2, 3, 4, 7
+_ID, _ZONE, _TIMESTAMP, _FILTER, _STATUS_MASK = 12, 18, 20, 25, 26
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC, _IP_DST = {4: 1, 6: 3}, {4: 2, 6: 4}
 _PROTO_NUMBER, _PROTO_SPORT, _PROTO_DPORT = 1, 2, 3
+_PROTOINFO_TCP, _TCP_STATE = 1, 1
+_TIMESTAMP_START = 1
 _FAMILIES = {4: 2, 6: 10}
+_ANY_FAMILY = 0
 _SEEN_REPLY, _DST_NAT = 0x2, 0x20
-_ID, _ZONE, _FILTER = 12, 18, 25
 _IDENTITY = (_TUPLE_ORIG, _ID, _ZONE)
 """What names one entry and no other, not even one of the same addresses and ports that comes after it."""
 _FILTER_REPLY_FLAGS, _FILTER_BY_SOURCE = 2, 1
 _WIDTHS = {4: 4, 6: 16}
+_TCP_STATES = (
+    "none", "syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close",
+    "syn_sent2",
+)  # fmt: skip
+_OVER = ("time_wait", "close")
+_HEADER = struct.Struct("=HH")
+
+
+class _Layout(NamedTuple):
+    """How ctnetlink_dump_tuples writes a tuple with ports: all heads are known, and so is where the values stand."""
+
+    head: bytes
+    """What such a tuple begins with (its kind apart): the lengths in it leave no other content."""
+    length: int
+    both: struct.Struct
+    """Of both tuples, one behind the other: source, destination, protocol, source port, destination port of each."""
+
+
+def _layout(version: int) -> _Layout:
+    width = _WIDTHS[version]
+    addresses, ports = 2 * (_HEADER.size + width), 3 * 8
+    length = 3 * _HEADER.size + addresses + ports
+    head = _HEADER.pack(_HEADER.size + addresses, _TUPLE_IP | NESTED) + _HEADER.pack(
+        _HEADER.size + width, _IP_SRC[version]
+    )
+    one = f"12x{width}s4x{width}s8xB3x4xH2x4xH2x"
+    return _Layout(head, length, struct.Struct(f"!{one}{one}"))
+
+
+_LAYOUTS = {version: _layout(version) for version in _FAMILIES}
+_FIRST = {
+    _HEADER.pack(layout.length, _TUPLE_ORIG | NESTED) + layout.head: (version, layout)
+    for version, layout in _LAYOUTS.items()
+}
+_FIRST_LENGTH = 12
+
+
+class Entry(NamedTuple):
+    """One connection, or flow of datagrams, that conntrack knows."""
+
+    protocol: int
+    """model.TCP, model.UDP, or another one with ports."""
+    flow: Flow
+    """As its client sends it."""
+    delivered: Flow
+    """As its daemon gets it: the same unless something translates it."""
+    body: bytes
+    """All that the kernel says of it: attributes. What is read less often is read from here."""
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether it goes elsewhere than where its client sends it."""
+        return self.flow.dst != self.delivered.dst or self.flow.dport != self.delivered.dport
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether both sides have spoken."""
+        return _status(attributes(self.body)) & _SEEN_REPLY != 0
+
+    @property
+    def tcp_state(self) -> str | None:
+        """`established`, `time_wait` and so on; None for what is not TCP."""
+        if self.protocol != TCP:
+            return None
+        state = attributes(attributes(attributes(self.body).get(_PROTOINFO, b"")).get(_PROTOINFO_TCP, b""))
+        return _TCP_STATES[state[_TCP_STATE][0]] if _TCP_STATE in state else None
+
+    @property
+    def is_over(self) -> bool:
+        """TCP: closed by both sides, or reset; the kernel keeps it for a while."""
+        return self.tcp_state in _OVER
+
+    @property
+    def seconds_left(self) -> int:
+        """The kernel forgets it when nothing is sent for so long."""
+        return int.from_bytes(attributes(self.body).get(_TIMEOUT, b""), "big")
+
+    @property
+    def started(self) -> float | None:
+        """Seconds since the epoch; None unless the kernel notes it (sysctl net.netfilter.nf_conntrack_timestamp)."""
+        start = attributes(attributes(self.body).get(_TIMESTAMP, b"")).get(_TIMESTAMP_START)
+        return None if start is None else int.from_bytes(start, "big") / 1e9
+
+    @property
+    def identity(self) -> bytes:
+        """The attributes that name this entry and no other."""
+        fields = attributes(self.body)
+        return b"".join(attribute(name, fields[name]) for name in _IDENTITY if name in fields)
+
+
+def entries(*, translated: bool = False, answered_by: bytes = b"") -> Iterator[Entry]:
+    """Every entry of a protocol with ports; only those that are `translated`; only those that an address (packed)
+    answers. Whoever stops half-way closes the iterator. Raises KernelError."""
+    family = next((_FAMILIES[version] for version, width in _WIDTHS.items() if len(answered_by) == width), _ANY_FAMILY)
+    about = b""
+    if translated:
+        status = _DST_NAT.to_bytes(4, "big")
+        about += attribute(_STATUS, status) + attribute(_STATUS_MASK, status)
+    # Of one IPv4 address the kernel (since 5.8) sorts out the entries by itself. Of IPv6 addresses it sorts out the
+    # others (seen on 6.18): ctnetlink_filter_match_tuple has the comparison the wrong way round.
+    if len(answered_by) == _WIDTHS[4]:
+        about += _answered_by(answered_by, 4)
+    asked = "conntrack does not list its entries"
+    with contextlib.closing(Nfnetlink()) as netlink:
+        for body in netlink.dump(_SUBSYS_CTNETLINK << 8 | _GET, family, about, asked):
+            if answered_by not in body:  # at a glance
+                continue
+            entry = _entry(body)
+            if entry is None or (answered_by and entry.delivered.dst != answered_by):
+                continue
+            if entry.is_translated or not translated:
+                yield entry
+
+
+def _entry(body: bytes) -> Entry | None:
+    """An entry of a protocol with ports, from its attributes; None for another one (ICMP, say)."""
+    known = _FIRST.get(body[:_FIRST_LENGTH])
+    if known is not None and body.startswith(known[1].head, known[1].length + _HEADER.size):
+        src, dst, protocol, sport, dport, daemon, client, _, daemon_port, client_port = known[1].both.unpack_from(body)
+        return Entry(protocol, Flow(src, sport, dst, dport), Flow(client, client_port, daemon, daemon_port), body)
+    fields = attributes(body)
+    there, back = _ends(fields[_TUPLE_ORIG]), _ends(fields[_TUPLE_REPLY])
+    if there is None or back is None:
+        return None
+    (protocol, flow), (_, answers) = there, back
+    return Entry(protocol, flow, Flow(answers.dst, answers.dport, answers.src, answers.sport), body)
+
+
+def _ends(tuple_: bytes) -> tuple[int, Flow] | None:
+    """The protocol, and who sends to whom, in an attribute CTA_TUPLE_ORIG or CTA_TUPLE_REPLY; None without ports."""
+    parts = attributes(tuple_)
+    addresses, protocol = attributes(parts[_TUPLE_IP]), attributes(parts[_TUPLE_PROTO])
+    if _PROTO_SPORT not in protocol or _PROTO_DPORT not in protocol:
+        return None
+    version = 4 if _IP_SRC[4] in addresses else 6
+    sport, dport = (int.from_bytes(protocol[port], "big") for port in (_PROTO_SPORT, _PROTO_DPORT))
+    return protocol[_PROTO_NUMBER][0], Flow(addresses[_IP_SRC[version]], sport, addresses[_IP_DST[version]], dport)
 
 
 class Conntrack:
@@ -38,13 +186,12 @@ class Conntrack:
 
     def translated(self, flow: Flow) -> Flow | None:
         """This connection as its daemon sees it, with the daemon's own address and port; None if there is no entry."""
-        entry = self._entry(flow)
-        if entry is None:
+        found = self._entry(flow)
+        if found is None:
             return None
-        parts = attributes(entry[_TUPLE_REPLY])
-        addresses, ports = attributes(parts[_TUPLE_IP]), attributes(parts[_TUPLE_PROTO])
-        daemon_port = int.from_bytes(ports[_PROTO_SPORT], "big")
-        return Flow(flow.src, flow.sport, addresses[_IP_SRC[flow.version]], daemon_port)
+        answers = _ends(found[_TUPLE_REPLY])
+        assert answers is not None  # the kernel found it by its ports
+        return Flow(flow.src, flow.sport, answers[1].src, answers[1].sport)
 
     def is_answered(self, flow: Flow) -> bool:
         """Whether there is an entry for this connection, and both sides have spoken."""
@@ -72,45 +219,40 @@ class Conntrack:
         reply = self._netlink.ask(kind, ACK, _FAMILIES[flow.version], _tuple(flow, protocol), asked)
         return _not_there(reply.error, asked) if reply.error else True
 
+    def delete_entry(self, entry: Entry) -> bool:
+        """Delete this very entry; False if it is gone already."""
+        asked = "conntrack deletes no entry"
+        family = _FAMILIES[entry.flow.version]
+        reply = self._netlink.ask(_SUBSYS_CTNETLINK << 8 | _DELETE, ACK, family, entry.identity, asked)
+        return _not_there(reply.error, asked) if reply.error else True
+
     def forget_unsteered(self, endpoints: Collection[Endpoint], pools: Collection[IPNetwork]) -> int:
         """Delete the entries of flows of datagrams to these endpoints, or from aliases of these pools, that have no
         translation and no answer; how many there were. One from an alias is an answer for which there was no
         translation: it would take the place of its flow, whose client would then be given another port."""
-        found = [flow for flow in self._unsteered() if _is_at(flow, endpoints) or _is_from(flow, pools)]
-        return sum(self.delete(flow, UDP) for flow in found)
+        found = [
+            entry
+            for entry in entries()
+            if entry.protocol == UDP
+            and not entry.is_translated
+            and (_is_at(entry.flow, endpoints) or _is_from(entry.flow, pools))
+            and not entry.is_answered
+        ]
+        return sum(self.delete_entry(entry) for entry in found)
 
     def end_flows_to(self, addresses: Collection[bytes]) -> int:
-        """Delete the entries of all connections and flows whose daemon has one of these addresses (packed), of whatever
-        protocol; how many there were."""
-        asked = "conntrack does not list its entries"
-        kind = _SUBSYS_CTNETLINK << 8
-        ended = 0
-        for version, family in _FAMILIES.items():
-            wanted = {address for address in addresses if len(address) == _WIDTHS[version]}
-            if not wanted:
-                continue
-            # Of one IPv4 address the kernel (since 5.8) sorts out the entries by itself. Of IPv6 addresses it sorts out
-            # the others (seen on 6.18): ctnetlink_filter_match_tuple has the comparison the wrong way round.
-            only = next(iter(wanted)) if len(wanted) == 1 else b""
-            about = _answered_by(only, version) if only and version == 4 else b""
-            found = []
-            for body in self._netlink.dump(kind | _GET, family, about, asked):
-                if only not in body:  # at a glance
-                    continue
-                fields = attributes(body)
-                if attributes(attributes(fields[_TUPLE_REPLY])[_TUPLE_IP])[_IP_SRC[version]] in wanted:
-                    found.append(b"".join(attribute(name, fields[name]) for name in _IDENTITY if name in fields))
-            for identity in found:
-                reply = self._netlink.ask(kind | _DELETE, ACK, family, identity, "conntrack deletes no entry")
-                ended += _not_there(reply.error, "conntrack deletes no entry") if reply.error else True
-        return ended
-
-    def _unsteered(self) -> Iterator[Flow]:
-        asked = "conntrack does not list its entries"
-        for body in self._netlink.dump(_SUBSYS_CTNETLINK << 8 | _GET, 0, b"", asked):
-            fields = attributes(body)
-            if _status(fields) & (_SEEN_REPLY | _DST_NAT) == 0 and (flow := _udp_flow(fields[_TUPLE_ORIG])) is not None:
-                yield flow
+        """Delete the entries of all connections and flows whose daemon has one of these addresses (packed); how many
+        there were."""
+        found: list[Entry] = []
+        many = set()
+        for width in _WIDTHS.values():
+            wanted = {address for address in addresses if len(address) == width}
+            if len(wanted) == 1:
+                found += entries(answered_by=wanted.pop())
+            many |= wanted
+        if many:
+            found += (entry for entry in entries() if entry.delivered.dst in many)
+        return sum(self.delete_entry(entry) for entry in found)
 
     def close(self) -> None:
         self._netlink.close()
@@ -132,17 +274,6 @@ def _not_there(error: int, asked: str) -> bool:
     if error != errno.ENOENT:
         raise KernelError(f"{asked}: {os.strerror(error)}")
     return False
-
-
-def _udp_flow(original: bytes) -> Flow | None:
-    """The 4-tuple in an attribute CTA_TUPLE_ORIG; None unless it is UDP."""
-    parts = attributes(original)
-    addresses, protocol = attributes(parts[_TUPLE_IP]), attributes(parts[_TUPLE_PROTO])
-    if protocol.get(_PROTO_NUMBER) != bytes([UDP]):
-        return None
-    version = 4 if _IP_SRC[4] in addresses else 6
-    sport, dport = (int.from_bytes(protocol[port], "big") for port in (_PROTO_SPORT, _PROTO_DPORT))
-    return Flow(addresses[_IP_SRC[version]], sport, addresses[_IP_DST[version]], dport)
 
 
 def _is_at(flow: Flow, endpoints: Collection[Endpoint]) -> bool:

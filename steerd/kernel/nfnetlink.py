@@ -6,6 +6,8 @@ call, so whoever has sent a request finds the answer waiting.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -113,13 +115,15 @@ class Nfnetlink:
 
     def dump(self, kind: int, family: int, about: bytes, asked: str) -> Iterator[bytes]:
         """The attributes of every object that the kernel answers a request with, to be taken one after the other; none
-        where there is nothing to list. Ends early only if the kernel does."""
+        where there is nothing to list. Raises KernelError with `asked`, which says who did not do what."""
         sequence = self.next_sequence()
         self.send(message(kind, REQUEST | DUMP, sequence, family, 0, about))
         while True:
             for reply in self.receive(asked):
                 if reply.sequence != sequence:
                     continue
+                if reply.kind == NLMSG_ERROR and reply.error != errno.ENOENT:
+                    raise KernelError(f"{asked}: {os.strerror(reply.error)}")
                 if reply.kind in (NLMSG_DONE, NLMSG_ERROR):
                     return
                 yield reply.body[GENERIC.size :]
