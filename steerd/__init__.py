@@ -49,7 +49,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
                    handshake (what this machine says in SYN-ACKs), listeners,
                    sockets (ends a connection's), host
     control/       registry (LMDB): ids, routes, leases, the plan; what must outlive a process and what all workers read
-                   sessions and claims on them; the API and its client
+                   sessions and claims on them; states of targets in shared memory; the API and its client
     telemetry/     counters in shared memory, logs
 
 Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and

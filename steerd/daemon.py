@@ -28,6 +28,7 @@ from steerd.config import QUIC, Config, Service, Unextended
 from steerd.control.api import Api
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
+from steerd.control.states import States
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack
@@ -176,6 +177,7 @@ class Daemon:
         self._config = config
         self._lock = take_lock(config.gateway.run_dir)
         self._log = logs.configure(process="main")
+        self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
         self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
         self._api = Api(self._registry, config.gateway.run_dir, self._on_api_fault)

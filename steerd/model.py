@@ -159,6 +159,19 @@ class Reason(enum.IntEnum):
     """A PROXY header from a source that is not among `trusted_proxies`."""
     UNKNOWN_CONNECTION = 22
     """A QUIC packet from the middle of a connection that nothing here knows: no flow, no server id, none learnt."""
+    DRAINED = 23
+    """What matched leads to a drained target, or to several that are all drained, or drained and dead."""
+    DEAD = 24
+    """What matched leads to several targets, and nothing listens on any of them."""
+
+
+DRAINED = 1
+"""A bit of a target's state: an operator wants no new connections there."""
+DEAD = {TCP: 2, UDP: 4}
+"""Bits of a target's state: nothing listens on its address and port. Only of targets that are looked at: one of several
+of a route, say."""
+ASLEEP = 8
+"""A bit of a target's state: its daemon is started when a connection comes."""
 
 
 class Outcome(enum.Enum):

@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -28,6 +28,8 @@ from steerd import config as configuration
 from steerd.config import Config
 from steerd.control.registry import Reader, Registry
 from steerd.control.routes import origin_of
+from steerd.control.states import States
+from steerd.core.engine import no_state
 from steerd.core.explain import Explainer, Explanation, Known, condition_shown, route_shown
 from steerd.errors import RegistryError, SteerdError
 from steerd.model import (
@@ -192,6 +194,7 @@ def known(config: Config, *, from_registry: bool) -> Iterator[tuple[Known, str]]
     with tempfile.TemporaryDirectory(prefix="steerd-explain-") as directory:
         why_not = ""
         reader = None
+        state: Callable[[int], int] = no_state
         if from_registry:
             try:
                 reader = Reader(config.gateway.state_dir)
@@ -199,6 +202,9 @@ def known(config: Config, *, from_registry: bool) -> Iterator[tuple[Known, str]]
                 note = f"By the registry in {config.gateway.state_dir}: what was added while the daemon runs counts."
             except RegistryError as error:
                 reader, why_not = None, f" ({error})"
+            # Before the first start there is none, and after it what the last daemon knew.
+            with contextlib.suppress(SteerdError):
+                state = States.open(config.gateway.run_dir).get if reader is not None else state
         if reader is None:
             registry = Registry(directory)
             registry.publish(config)
@@ -226,7 +232,7 @@ def known(config: Config, *, from_registry: bool) -> Iterator[tuple[Known, str]]
 
         try:
             yield (
-                Known(plan, where.route, where.session, where.target, where.routes_of, origin, is_alias),
+                Known(plan, where.route, where.session, where.target, where.routes_of, origin, is_alias, state),
                 note,
             )
         finally:

@@ -13,6 +13,7 @@ How a SYN, or the first payload of a connection, is decided:
 3. A known session id leads to its session's target, or is refused (core.sessions), before any route.
 4. The best route for these keys, the extension's and the source wins (core.router says which is best). Without one,
    `extension_pool` maps the extension by arithmetic. Without that, `default` or `unmatched`.
+5. A target that is drained takes nobody new: `unmatched`. Whether it is counts at the moment of the decision.
 
 A flow of datagrams is decided in the same way, by the datagrams so far, with the parsers that read datagrams. QUIC is
 special: what comes from the middle of a connection (the client moved to another address, or its flow was forgotten)
@@ -36,7 +37,7 @@ import msgspec
 from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup
 from steerd.core.sessions import Claim, Session, SessionsPlan, judge
-from steerd.model import UDP, Answer, Extension, Keys, Outcome, Reason
+from steerd.model import DRAINED, UDP, Answer, Extension, Keys, Outcome, Reason
 from steerd.wire import portext, proxy, quic, quic_lb
 from steerd.wire.packet import Packet
 from steerd.wire.registry import DATAGRAMS, REGISTRY, Inspect, InspectDatagrams
@@ -186,6 +187,11 @@ def no_session(_service: str, _session_id: str) -> Session | None:
     return None
 
 
+def no_state(_target_id: int) -> int:
+    """For an engine that is to know nothing about targets."""
+    return 0
+
+
 class _Reading(NamedTuple):
     """What a first payload says."""
 
@@ -202,7 +208,8 @@ class _Reading(NamedTuple):
 
 class Engine:
     """Decides for one plan. `get` looks a route up: router key -> packed TargetIds, or None; `find` a session, by
-    service and id. `watch` is for those who want to explain a decision (core.explain)."""
+    service and id; `state` the state of a target (bits of steerd.model). `watch` is for those who want to explain a
+    decision (core.explain)."""
 
     def __init__(
         self,
@@ -210,9 +217,11 @@ class Engine:
         get: Callable[[bytes], bytes | None],
         find: Callable[[str, str], Session | None] = no_session,
         watch: Watch | None = None,
+        state: Callable[[int], int] = no_state,
     ) -> None:
         self._get = get
         self._find = find
+        self._state = state
         self._numbers = plan.numbers
         self._services = [
             _Service(
@@ -361,7 +370,7 @@ class Engine:
                 )
             if ruling is not None:
                 decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed, parser)
-                return decision._replace(claim=ruling.claim)
+                return decision._replace(claim=ruling.claim) if decision.outcome is Outcome.STEER else decision
         if plan.probes:
             entry = lookup(plan.probes, keys, reading.source, self._get)
             if entry is not None:
@@ -389,12 +398,13 @@ class Engine:
             return None
         return self._services[ranges.service[position]]
 
-    @staticmethod
     def _steer(
-        plan: ServicePlan, reason: Reason, target_id: int, keys: Keys, malformed: bool, parser: str = ""
+        self, plan: ServicePlan, reason: Reason, target_id: int, keys: Keys, malformed: bool, parser: str = ""
     ) -> Decision:
         if target_id == NO_TARGET:
             return Decision(plan.unmatched, Reason.NO_FAMILY, NO_TARGET, plan.name, keys, malformed, None, parser)
+        if self._state(target_id) & DRAINED:
+            return Decision(plan.unmatched, Reason.DRAINED, NO_TARGET, plan.name, keys, malformed, None, parser)
         return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed, None, parser)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from steerd.core.datagrams import MAX_DATAGRAMS
-from steerd.core.engine import NOT_EXTENDED, Decision, EndpointPlan, Engine, Plan, ServicePlan
+from steerd.core.engine import NOT_EXTENDED, Decision, EndpointPlan, Engine, Plan, ServicePlan, no_state
 from steerd.core.marks import ASK_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.core.router import Probe, deciding_rule, failing, matches, seen_by, shape_of
 from steerd.core.sessions import Session
@@ -86,6 +86,8 @@ class Known(NamedTuple):
     """Where a service's route comes from, by its key in the table and what the table holds for it."""
     is_alias: Callable[[bytes], bool]
     """Whether a packed address is in a pool."""
+    state: Callable[[int], int] = no_state
+    """As Engine's."""
 
 
 class Step(NamedTuple):
@@ -142,7 +144,7 @@ class Explainer:
         self._looked_at = 0
         self._said: list[Said] = []
         self._sessions: list[tuple[str, Session | None]] = []
-        self._engine = Engine(known.plan, known.get, self._find, self._saw)
+        self._engine = Engine(known.plan, known.get, self._find, self._saw, known.state)
 
     def syn(self, packet: Packet) -> Explanation:
         """Why a SYN is decided as it is."""
@@ -683,6 +685,8 @@ def _outcome(
     if decision.reason is Reason.NO_FAMILY:
         what = "The session" if by_session else f"The route {route_shown(matched[0])}" if matched else "The default"
         yield Step("target", f"{what} has no IPv{packet.version} target for use.")
+    if decision.reason is Reason.DRAINED:
+        yield Step("target", "It is drained: an operator wants no new connections there (steerctl drains).")
     if target is not None:
         port = target.port or packet.dport
         yield Step("target", f"{_address(target.address.packed, port)}{'' if target.port else ', the port stays'}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from steerd import config
 from steerd.control.registry import Reader, Registry
 from steerd.core.engine import Decision, Engine
 from steerd.core.sessions import Claim
-from steerd.model import TCP, UDP, Answer, Extension, Outcome, Reason
+from steerd.model import ASLEEP, DEAD, DRAINED, TCP, UDP, Answer, Extension, Outcome, Reason
 from steerd.wire import portext, quic_lb
 from steerd.wire.packet import ACK, SYN, Packet
 from tests import initials
@@ -205,7 +206,8 @@ class Decider:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self.engine = Engine(reader.refresh(), reader.route, reader.session)
+        self.states: defaultdict[int, int] = defaultdict(int)
+        self.engine = Engine(reader.refresh(), reader.route, reader.session, state=self.states.__getitem__)
 
     def decide(self, packet: Packet) -> Decision:
         return self.engine.decide_syn(packet)
@@ -372,10 +374,34 @@ def test_where_a_syn_goes(plan: Decider, packet: Packet, service: str, reason: R
     assert not decision.malformed
 
 
+@pytest.mark.parametrize("packet", [packet for packet, *_, to in STEERED if not isinstance(to, Outcome)])
+def test_a_drained_target_takes_nobody_new(plan: Decider, packet: Packet) -> None:
+    before = plan.decide(packet)
+    plan.states[before.target_id] = DRAINED | ASLEEP | DEAD[TCP]
+    drained = plan.decide(packet)
+    refused = Outcome.DROP if before.service in ("strict",) else Outcome.ALERT if before.service == "senders" else None
+    assert drained[:3] == (refused or Outcome.RESET, Reason.DRAINED, 0)
+    assert (drained.service, drained.keys, drained.claim) == (before.service, before.keys, None)
+    plan.states[before.target_id] = ASLEEP | DEAD[TCP]
+    # What is dead is steered to: the kernel refuses at once.
+    assert plan.decide(packet) == before
+    del plan.states[before.target_id]
+
+
+def test_who_is_silent_is_not_steered_to_a_drained_target(plan: Decider) -> None:
+    silent = syn("203.0.113.16:443")
+    before = plan.engine.decide_silence(silent)
+    assert before.reason is Reason.SILENCE
+    plan.states[before.target_id] = DRAINED
+    assert plan.engine.decide_silence(silent)[:3] == (Outcome.RESET, Reason.DRAINED, 0)
+    del plan.states[before.target_id]
+
+
 def test_the_table_above_reaches_every_reason_of_the_engine_and_every_outcome() -> None:
     not_the_engines = {Reason.NOT_READABLE, Reason.NOT_LOADED, Reason.FAULT}
     not_the_engines |= {Reason.SILENCE, Reason.TOO_LONG, Reason.TOO_SLOW, Reason.CONFLICT, Reason.ENDED}
     not_the_engines |= {Reason.UNANSWERED, Reason.UNTRUSTED_PROXY, Reason.UNKNOWN_CONNECTION}
+    not_the_engines |= {Reason.DRAINED, Reason.DEAD}
     assert {reason for _, _, reason, _ in STEERED} == set(Reason) - not_the_engines
     assert {expected if isinstance(expected, Outcome) else Outcome.STEER for *_, expected in STEERED} == set(Outcome)
 

@@ -21,6 +21,7 @@ import structlog
 from steerd import config, late
 from steerd import worker as worker_module
 from steerd.control.registry import Registry
+from steerd.control.states import States
 from steerd.core.engine import Decision
 from steerd.core.marks import FIRST_TARGET_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.errors import KernelError, RegistryError
@@ -29,7 +30,7 @@ from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element
 from steerd.kernel.queue import Ruling
 from steerd.kernel.ruleset import datagram_elements, target_elements
-from steerd.model import Extension, Flow, Reason, Target
+from steerd.model import DRAINED, Extension, Flow, Reason, Target
 from steerd.telemetry.counters import Counters, Extra
 from steerd.wire import portext
 from steerd.worker import Worker, WorkerSettings
@@ -151,6 +152,7 @@ class Lab:
         registry.publish(config.parse(text, "steerd.toml"))
         registry.close()
         self.counters = Counters.create(directory / "counters", 1)
+        self.states = States.create(str(directory), MARK.highest_id)
         self.nftables = StandInNftables()
         self._log = directory / "log"
         self._stderr = self._log.open("w")
@@ -244,6 +246,15 @@ def test_a_decision_is_a_mark_and_other_bits_stay(lab: Lab) -> None:
     # What was in our bits, such as the flag of the fall-back, is gone.
     assert lab.outcome(syn(2), THEIRS | MARK.mask) == ("accept", THEIRS | MARK.field(REFUSING + 1))
     assert lab.counted() == {"ARITHMETIC": 2, "LOADED": 1}
+
+
+def test_a_drained_target_takes_nobody_from_the_next_packet_on(lab: Lab) -> None:
+    lab.states.put(REFUSING + 1, DRAINED, True)
+    assert lab.outcome(syn(2)) == ("accept", MARK.field(RESET_ID))
+    assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
+    lab.states.put(REFUSING + 1, DRAINED, False)
+    assert lab.outcome(syn(2)) == ("accept", MARK.field(REFUSING + 1))
+    assert lab.counted() == {"ARITHMETIC": 2, "DRAINED": 1, "LOADED": 2}
 
 
 def test_the_other_outcomes(lab: Lab) -> None:

@@ -1,0 +1,84 @@
+"""States of targets in shared memory: RUN_DIR/targets, one byte for each target id, bits as steerd.model names them.
+
+The main process makes the file anew when it starts and is the only one that writes; whoever decides maps it read-only,
+and sees a change with the next packet. A byte is written by one store, so no lock is needed, and nobody sees half of
+it. Nothing here outlives a restart: drains are written again from the registry, the rest is looked up again.
+
+Ids without anything to say cost nothing: the file is sparse. The first 16 bytes, which no target id has, hold a number
+by which the file is known.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+from steerd.core.marks import FIRST_TARGET_ID
+from steerd.errors import SteerdError
+
+_MAGIC = b"steerd targets 1"
+assert len(_MAGIC) == FIRST_TARGET_ID
+
+
+def path(run_dir: str) -> Path:
+    """Where the file of a daemon with this run_dir is."""
+    return Path(run_dir) / "targets"
+
+
+class States:
+    """The mapped file. `create` is for the main process, `open` for workers and for whoever wants to look."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._bytes = memoryview(mapping)
+        self.get = self._bytes.__getitem__
+        """The state of a target id, 0 .. highest; IndexError beyond. An attribute and not a method: it is asked for
+        each decision."""
+
+    @classmethod
+    def create(cls, run_dir: str, highest_id: int) -> States:
+        """Nothing is known of any target yet."""
+        # Another file, not the old one emptied: whoever has that one mapped would be killed by its next look.
+        new = path(run_dir).with_suffix(".new")
+        descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            os.ftruncate(descriptor, highest_id + 1)
+            mapping = mmap.mmap(descriptor, highest_id + 1)
+        finally:
+            os.close(descriptor)
+        mapping[: len(_MAGIC)] = _MAGIC
+        new.replace(path(run_dir))
+        return cls(mapping)
+
+    @classmethod
+    def open(cls, run_dir: str) -> States:
+        """Map an existing file, to read it; raises SteerdError if there is none or it is of another layout."""
+        file = path(run_dir)
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SteerdError(f"{file} cannot be read ({error.strerror}): is steerd running?") from None
+        try:
+            size = os.fstat(descriptor).st_size
+            mapping = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size > len(_MAGIC) else None
+        finally:
+            os.close(descriptor)
+        if mapping is None or mapping[: len(_MAGIC)] != _MAGIC:
+            raise SteerdError(f"{file} was written by another version of steerd: restart the daemon")
+        return cls(mapping)
+
+    @property
+    def highest_id(self) -> int:
+        """The highest id that has a state."""
+        return len(self._bytes) - 1
+
+    def put(self, target_id: int, bit: int, on: bool) -> None:
+        """Set or clear one bit of a target's state."""
+        if target_id < FIRST_TARGET_ID:
+            raise ValueError(f"{target_id} is no target id")
+        state = self._bytes[target_id]
+        self._bytes[target_id] = state | bit if on else state & ~bit
+
+    def clear(self, first_id: int, length: int) -> None:
+        """Forget what is known of some ids in a row."""
+        self._bytes[first_id : first_id + length] = bytes(length)
