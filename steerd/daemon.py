@@ -25,7 +25,7 @@ import msgspec
 
 from steerd import config as configuration
 from steerd.config import QUIC, Config, Service, Unextended
-from steerd.control.api import Api
+from steerd.control.api import Api, Context
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
 from steerd.control.states import States
@@ -180,7 +180,7 @@ class Daemon:
         self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
         self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
-        self._api = Api(self._registry, config.gateway.run_dir, self._on_api_fault)
+        self._api = Api(Context(self._registry, self), config.gateway.run_dir, self._on_api_fault)
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)
         self._stop = asyncio.Event()

@@ -21,11 +21,11 @@ from urllib.parse import quote
 import pytest
 
 from steerd.cli import ctl
-from steerd.control import api as api_module
 from steerd.control import client
-from steerd.control.api import MAX_PAGE, Api
+from steerd.control.api import MAX_PAGE, Api, Context
+from steerd.control.api import server as api_module
 from steerd.control.registry import Registry
-from steerd.errors import RegistryError, SteerdError
+from steerd.errors import ConfigError, Problem, RegistryError, SteerdError
 from tests.unit.test_sessions_table import BOTH, TEXT, entry, publish
 
 A = "198.51.100.7"
@@ -38,6 +38,14 @@ D1 = {
     "origin": "api",
     "usable": True,
 }
+
+
+class Bare:
+    """A machine (control.api.Machine) on which nothing can be done."""
+
+    async def reload(self) -> SteerdError | None:
+        """The file always has this mistake."""
+        return ConfigError("steerd.toml", [Problem("services", "Is missing.")])
 
 
 class Served(NamedTuple):
@@ -79,7 +87,7 @@ def serving(registry: Registry, run_dir: Path) -> Iterator[Served]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     served = Served(registry, run_dir, [])
-    made = Api(registry, str(run_dir), served.faults.append)
+    made = Api(Context(registry, Bare()), str(run_dir), served.faults.append)
     try:
         asyncio.run_coroutine_threadsafe(made.start(), loop).result(30)
         yield served
@@ -338,7 +346,7 @@ def test_a_socket_that_a_killed_daemon_left_is_no_hindrance(tmp_path: Path, regi
 
 def test_a_socket_that_cannot_be_made_is_a_sentence(tmp_path: Path, registry: Registry) -> None:
     for run_dir, why in (("none", "No such file or directory"), ("x" * 200, "AF_UNIX path too long")):
-        api = Api(registry, str(tmp_path / run_dir), print)
+        api = Api(Context(registry, Bare()), str(tmp_path / run_dir), print)
         with pytest.raises(SteerdError, match=rf"/{run_dir}/api\.sock cannot be listened on: {why}$"):
             asyncio.run(api.start())
 
@@ -439,3 +447,19 @@ def test_a_daemon_that_talks_nonsense_is_a_sentence(tmp_path: Path) -> None:
             with pytest.raises(SteerdError, match=r"/api\.sock gave no answer that can be understood: "):
                 client.request(str(tmp_path), "GET", "services")
         thread.join()
+
+
+# ---- the configuration ----
+
+
+def test_a_reload_that_is_refused_says_file_key_and_sentence(api: Served) -> None:
+    assert api.ask("POST", "/v1/reload") == (
+        409,
+        {
+            "code": "configuration",
+            "field": "services",
+            "message": "steerd.toml: services: Is missing.",
+            "file": "steerd.toml",
+            "problems": [{"key": "services", "message": "Is missing."}],
+        },
+    )

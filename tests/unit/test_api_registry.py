@@ -14,8 +14,8 @@ import pytest
 
 from steerd import config
 from steerd.cli import ctl
-from steerd.control import api as api_module
 from steerd.control import client, transfer
+from steerd.control.api import server as api_module
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 from tests.unit.test_api import Served, serving
@@ -123,7 +123,7 @@ def test_export_and_import(api: Served, monkeypatch: pytest.MonkeyPatch) -> None
     assert b"".join(client.download(str(api.run_dir), "export")) == heading + lines
     code, problem = api.ask("POST", "/v1/import?line=1001", b"\n{}\n")
     assert (code, problem["code"], problem["field"]) == (400, "invalid", "line 1002")
-    monkeypatch.setattr(api_module, "_MAX_IMPORT", 1000)
+    monkeypatch.setattr(api_module, "_MAX_LINES", 1000)
     assert "send them in parts" in api.ask("POST", "/v1/import", lines)[1]["message"]
 
 

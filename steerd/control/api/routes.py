@@ -1,0 +1,98 @@
+"""Routes of a service; those of the configuration can be read only (control.routes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from steerd.control.api.context import Context
+from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Page, Request
+from steerd.control.api.sessions import OfService
+from steerd.control.routes import RouteView
+from steerd.control.sessions import RequestError
+
+OF_SERVICE = "/v1/services/{service}/routes"
+
+
+class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """A route as in the configuration."""
+
+    when: dict[str, str | int]
+    target: Any
+    source: str | None = None
+
+
+class RouteQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which route; `when` as JSON."""
+
+    when: str = "{}"
+    source: str | None = None
+
+
+class RoutePage(Struct, frozen=True):
+    """A part of the routes; `next` is the `after` of the next part."""
+
+    routes: list[RouteView]
+    next: str | None
+
+
+def list_routes(context: Context, request: Request[OfService, Page, Nothing]) -> Answer:
+    query = request.query
+    return Answer(200, RoutePage(*context.registry.routes.page(request.path.service, query.after, query.limit)))
+
+
+def put_route(context: Context, request: Request[OfService, Nothing, RouteBody]) -> Answer:
+    body = request.body
+    view, is_new = context.registry.routes.put(request.path.service, body.when, body.target, body.source)
+    return Answer(201 if is_new else 200, view)
+
+
+def delete_route(context: Context, request: Request[OfService, RouteQuery, Nothing]) -> Answer:
+    try:
+        when = msgspec.json.decode(request.query.when, type=dict[str, str | int])
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise RequestError("invalid", "when", f"Must be conditions as JSON: {error}.") from error
+    context.registry.routes.remove(request.path.service, when, request.query.source)
+    return Answer(204, None)
+
+
+OPERATIONS: tuple[AnyOperation, ...] = (
+    Operation(
+        "listRoutesOfService",
+        "GET",
+        OF_SERVICE,
+        "The routes of a service, those of the configuration first.",
+        handle=list_routes,
+        parameters=OfService,
+        query=Page,
+        body=Nothing,
+        answers={200: RoutePage},
+        errors=("not_found",),
+    ),
+    Operation(
+        "putRoute",
+        "PUT",
+        OF_SERVICE,
+        "Define a route (201); one of the same conditions and source gets the new target (200).",
+        handle=put_route,
+        parameters=OfService,
+        query=Nothing,
+        body=RouteBody,
+        answers={200: RouteView, 201: RouteView},
+        errors=("not_found", "conflict"),
+    ),
+    Operation(
+        "deleteRoute",
+        "DELETE",
+        OF_SERVICE,
+        "Take a route away that was added; its connections go on.",
+        handle=delete_route,
+        parameters=OfService,
+        query=RouteQuery,
+        body=Nothing,
+        answers={204: None},
+        errors=("not_found", "conflict"),
+    ),
+)

@@ -1,0 +1,32 @@
+"""All operations of the API, and the one that describes them all."""
+
+from __future__ import annotations
+
+from steerd.control.api import document, leases, reload, routes, sessions, transfer
+from steerd.control.api.context import Context
+from steerd.control.api.document import Document
+from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Request
+
+
+def get_document(_context: Context, _request: Request[Nothing, Nothing, Nothing]) -> Answer:
+    return Answer(200, document.describe(OPERATIONS))
+
+
+OPERATIONS: tuple[AnyOperation, ...] = (
+    Operation(
+        "getDocument",
+        "GET",
+        "/v1/openapi.json",
+        "This document.",
+        handle=get_document,
+        parameters=Nothing,
+        query=Nothing,
+        body=Nothing,
+        answers={200: Document},
+    ),
+    *sessions.OPERATIONS,
+    *routes.OPERATIONS,
+    *leases.OPERATIONS,
+    *transfer.OPERATIONS,
+    *reload.OPERATIONS,
+)
