@@ -41,6 +41,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
     config.py      TOML to values; every mistake found, each with its key
+    relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
     core/          engine, explain, router, sessions, pending (first payloads), datagrams, pools, leases, marks,

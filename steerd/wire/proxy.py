@@ -62,6 +62,7 @@ _UNSPECIFIED = 0
 _ADDRESS_SIZES = {1: 4, 2: 16}
 _UNIX = 3
 _UNIX_ADDRESSES = 2 * 108
+_STREAM = 1
 _DATAGRAM = 2
 
 _ALPN = 1
@@ -91,6 +92,14 @@ def read(data: bytes) -> Header | Answer:
         return Answer.NEED_MORE
     except MalformedError:
         return Answer.NOT_MINE
+
+
+def encode(source: bytes, sport: int, destination: bytes, dport: int) -> bytes:
+    """A header of version 2 for a TCP connection: packed addresses of one family, ports; 28 bytes for IPv4, 52 for
+    IPv6."""
+    block = source + destination + sport.to_bytes(2, "big") + dport.to_bytes(2, "big")
+    family = 1 if len(source) == _ADDRESS_SIZES[1] else 2
+    return _SIGNATURE + bytes([_PROXY, family << 4 | _STREAM]) + len(block).to_bytes(2, "big") + block
 
 
 def is_claimed(data: bytes) -> bool | Literal[Answer.NEED_MORE]:

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "client": {"wire", "model", "errors"},
     "late": {"core", "kernel", "wire", "model", "telemetry"},
     "datagram": {"core", "kernel", "wire", "model", "telemetry"},
+    "relay": {"kernel", "wire", "model", "telemetry", "errors"},
     "worker": EVERYTHING,
     "daemon": EVERYTHING,
     "cli": EVERYTHING,

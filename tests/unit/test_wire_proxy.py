@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from steerd.core.pending import Limits
 from steerd.model import Answer, Keys
-from steerd.wire.proxy import BOUND, PARSER, Header, crc32c, inspect, read
+from steerd.wire.proxy import BOUND, PARSER, Header, crc32c, encode, inspect, read
 from steerd.wire.registry import REGISTRY
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -432,3 +432,10 @@ def test_any_addresses_as_text_and_as_bytes(
     assert by_bytes.keys["proxy.source"] == str(ipaddress.ip_address(by_bytes.source))
     if getattr(pair[0], "ipv4_mapped", None) is None:
         assert by_bytes.source == pair[0].packed
+
+
+def test_what_is_encoded_is_what_the_specification_says_and_what_is_read_back() -> None:
+    assert encode(IPV4[0], 40000, IPV4[1], 443) == binary()
+    assert encode(IPV6[0], 40000, IPV6[1], 443) == binary(b"".join(IPV6) + PORTS, TCP6)
+    header = encode(IPV6[0], 40000, IPV6[1], 443)
+    assert read(header + GET) == Header(names("2", "2001:db8::7", 40000, "2001:db8::10", 443), IPV6[0], len(header))
