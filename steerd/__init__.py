@@ -41,6 +41,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
     config.py      TOML to values; every mistake found, each with its key
+    privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
     relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
@@ -48,7 +49,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
                    plan (have and want -> what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
-                   sockets (ends a connection's), host
+                   sockets (ends a connection's), host, capabilities, notify (systemd)
     control/       registry (LMDB): ids, routes, leases, the plan; what must outlive a process and what all workers read
                    sessions and claims on them; states of targets in shared memory; the API and its client
     telemetry/     counters in shared memory, logs

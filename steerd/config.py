@@ -133,6 +133,8 @@ class Gateway(Struct, frozen=True):
     state_dir: str
     """An absolute path, like run_dir."""
     run_dir: str
+    user: str
+    """Who the agent becomes when it is started as root."""
     workers: int
     first_queue: int
     """NFQUEUE numbers first_queue .. first_queue + workers - 1."""
@@ -347,6 +349,7 @@ class _RawPortExtension(Struct):
 class _RawGateway(Struct):
     state_dir: str = "/var/lib/steerd"
     run_dir: str = "/run/steerd"
+    user: Annotated[str, Meta(min_length=1)] = "steerd"
     workers: Annotated[int, Meta(ge=1, le=64)] = min(os.cpu_count() or 1, 64)
     first_queue: Annotated[int, Meta(ge=0, le=65535)] = 21300
     mark_bits: str = "8-31"
@@ -895,6 +898,7 @@ def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
     return Gateway(
         state_dir=raw.state_dir,
         run_dir=raw.run_dir,
+        user=raw.user,
         workers=raw.workers,
         first_queue=raw.first_queue,
         mark=mark or MarkLayout(8, 31),

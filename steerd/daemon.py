@@ -24,6 +24,7 @@ from typing import IO, NamedTuple
 import msgspec
 
 from steerd import config as configuration
+from steerd import privileges
 from steerd.config import QUIC, Config, Service, Unextended
 from steerd.control.api import Api, Context
 from steerd.control.claims import Collector
@@ -34,17 +35,32 @@ from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
+from steerd.kernel.notify import Notifier
 from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason
+from steerd.privileges import Standing
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters
 from steerd.worker import READY, WorkerSettings
 
-FIXED = ("mark", "workers", "first_queue", "state_dir", "run_dir", "queue_length", "receive_buffer", "access_log")
+FIXED = (
+    "mark",
+    "workers",
+    "first_queue",
+    "state_dir",
+    "run_dir",
+    "queue_length",
+    "receive_buffer",
+    "access_log",
+    "user",
+)
 """Of config.Gateway: what a reload cannot change."""
 _WATCH_SECONDS = 1.0
 # conntrack's shortest timeout of a connection that its client may not have closed yet is 30 s (last_ack).
 _OVER = 20
 _QUEUE_REPORT_SECONDS = 60.0
+_STATUS_SECONDS = 10.0
+# A watchdog that hears of us three times in its time does not bite because one of them was late.
+_WATCHDOG_SHARE = 3
 # A worker that dies at once is started again after 0.1 s, then 0.2 s, ... 5 s; one that lived longer than this is
 # forgiven.
 _FIRST_BACK_OFF, _LONGEST_BACK_OFF, _FORGIVEN_SECONDS = 0.1, 5.0, 10.0
@@ -178,6 +194,7 @@ class Daemon:
         self._lock = take_lock(config.gateway.run_dir)
         self._log = logs.configure(process="main")
         self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
+        self._notifier = Notifier()
         self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
         self._api = Api(Context(self._registry, self), config.gateway.run_dir, self._on_api_fault)
@@ -185,6 +202,11 @@ class Daemon:
         self._counters = Counters.create(counters, config.gateway.workers)
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
+        # Indices of the workers whose queues are bound now, and whether all of them were once.
+        self._bound: set[int] = set()
+        self._is_ready = False
+        # What the last reload was refused for.
+        self._refused: SteerdError | None = None
         # Who waits for the next reload.
         self._awaiting_reload: list[asyncio.Future[SteerdError | None]] = []
         # The listeners on the wildcard address, and our rules, as the table had them when we last loaded or looked.
@@ -198,7 +220,7 @@ class Daemon:
         self._changing_table = asyncio.Lock()
         self._changing_aliases = asyncio.Lock()
 
-    async def run(self, progress: Callable[[int, int], None] | None = None) -> None:
+    async def run(self, standing: Standing, progress: Callable[[int, int], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT. Raises SteerdError if the start fails; later trouble is logged and mended."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -207,6 +229,7 @@ class Daemon:
         # One that came before has waited (steerd.__main__).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
+        self._log.info("privileges given up", **standing._asdict())
         started = time.monotonic()
         plan = self._registry.publish(self._config)
         changes = aliases.reconcile(list(self._config.pools.values()), progress)
@@ -237,6 +260,7 @@ class Daemon:
         stop = asyncio.create_task(self._stop.wait())
         # A task that ends by itself has failed in a way that nobody foresaw: say so, and end.
         done, _ = await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        self._notify(self._notifier.stopping)
         for task in (announce, stop, *tasks):
             task.cancel()
         await asyncio.gather(announce, stop, *tasks, return_exceptions=True)
@@ -260,9 +284,34 @@ class Daemon:
         self._log.error("claims of sessions cannot be written down; they are kept", why=why)
 
     async def _announce(self, ready: list[asyncio.Event], started: float) -> None:
+        """Say when every worker is bound for the first time, and from then on how it goes."""
         for event in ready:
             await event.wait()
         self._log.info("ready", workers=len(ready), seconds=round(time.monotonic() - started, 3))
+        self._is_ready = True
+        self._notify(lambda: self._notifier.ready(self._status()))
+        watchdog = self._notifier.watchdog_seconds
+        while True:
+            # While a worker is away its clients wait. If it does not come back in time, a new start is the last resort.
+            if len(self._bound) == len(ready):
+                self._notify(self._notifier.alive)
+            self._notify(lambda: self._notifier.status(self._status()))
+            await asyncio.sleep(watchdog / _WATCHDOG_SHARE if watchdog else _STATUS_SECONDS)
+
+    def _status(self) -> str:
+        gateway = self._config.gateway
+        decisions = sum(total_decisions(self._counters).values())
+        refused = " (the last reload was refused: see the log)" if self._refused else ""
+        return (
+            f"{len(self._bound)} of {gateway.workers} workers bound, {len(self._config.services)} services,"
+            f" {decisions} decisions; by {self._config.file}{refused}"
+        )
+
+    def _notify(self, say: Callable[[], None]) -> None:
+        try:
+            say()
+        except OSError as error:
+            self._log.error("systemd cannot be told how it goes", why=str(error))
 
     async def _keep_worker(self, index: int, ready: asyncio.Event) -> None:
         """Start a worker, and again whenever it dies. A cancelled task takes its worker with it."""
@@ -294,9 +343,11 @@ class Daemon:
                 assert process.stdout is not None
                 if await process.stdout.readline() == READY:
                     self._log.info("worker bound", worker=index, queue=settings.queue, pid=process.pid)
+                    self._bound.add(index)
                     ready.set()
                 status = await process.wait()
             finally:
+                self._bound.discard(index)
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
@@ -313,7 +364,11 @@ class Daemon:
         first = self._config.gateway.first_queue
         reported = 0
         while True:
-            states = queue.states()
+            try:
+                states = queue.states()
+            except KernelError as error:
+                self._log.warning("nobody will say when queues overflow", why=str(error))
+                await asyncio.Event().wait()
             ours = [states[n] for n in range(first, first + self._config.gateway.workers) if n in states]
             dropped = sum(state.queue_dropped + state.user_dropped for state in ours)
             if dropped > reported:
@@ -483,7 +538,11 @@ class Daemon:
             await self._reload.wait()
             self._reload.clear()
             awaiting, self._awaiting_reload = self._awaiting_reload, []
-            problem = await self._reload_once()
+            if self._is_ready:
+                self._notify(self._notifier.reloading)
+            self._refused = problem = await self._reload_once()
+            if self._is_ready:
+                self._notify(lambda: self._notifier.ready(self._status()))
             for done in awaiting:
                 if not done.done():  # who asked does not wait any more
                     done.set_result(problem)
@@ -508,6 +567,8 @@ class Daemon:
             if getattr(new.gateway, key) != getattr(self._config.gateway, key):
                 name = "mark_bits" if key == "mark" else key
                 raise SteerdError(f"{new.file}: gateway.{name} changed, which needs a restart of the daemon")
+        if sentence := privileges.lacking(new):
+            raise SteerdError(sentence)
         aliases.reconcile([*new.pools.values(), *self._config.pools.values()])
         try:
             self._publish(new)
@@ -546,8 +607,8 @@ def total_decisions(counters: Counters) -> dict[str, int]:
     return {reason.name.lower(): counters.total(reason) for reason in Reason}
 
 
-def run(config: Config, progress: Callable[[int, int], None] | None = None) -> None:
+def run(config: Config, standing: Standing, progress: Callable[[int, int], None] | None = None) -> None:
     """Run the daemon until it is told to stop; raises SteerdError if it cannot start."""
     daemon = Daemon(config)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(daemon.run(progress))
+        asyncio.run(daemon.run(standing, progress))

@@ -42,11 +42,24 @@ def _options(
 
 @app.command()
 def run(file: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Run the daemon in the foreground: it logs to standard error, reloads on SIGHUP, stops on SIGTERM."""
-    from steerd import daemon
+    """Run the daemon in the foreground: it logs to standard error, reloads on SIGHUP, stops on SIGTERM.
 
+    Started as root it becomes the user `gateway.user`, with the few capabilities that it needs.
+    """
+    from steerd import daemon, privileges
+
+    config = configuration.load(file)
+    standing = privileges.settle(config)  # before the progress bar, which is a thread
     with progress_bar("aliases") as progress:
-        daemon.run(configuration.load(file), progress)
+        daemon.run(config, standing, progress)
+
+
+@app.command()
+def prepare(file: ConfigFile = DEFAULT_CONFIG) -> None:
+    """As root, before a daemon that is started as another user: hand its directories over to that user."""
+    from steerd import privileges
+
+    privileges.prepare(configuration.load(file))
 
 
 @app.command()

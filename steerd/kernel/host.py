@@ -29,13 +29,13 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from steerd.core.marks import MARK_BITS
 from steerd.errors import KernelError
+from steerd.kernel import capabilities
 from steerd.kernel.nftables import TABLE
 from steerd.kernel.ruleset import FALLBACK_CHAIN, FALLBACK_TABLES
 from steerd.model import PROTOCOL_NAMES, TCP, UDP, IPAddress
 
 ALL_BITS = (1 << MARK_BITS) - 1
 
-_CAP_NET_ADMIN = 12
 _RTN_LOCAL = 2
 _LISTENING = {TCP: "0A", UDP: "07"}
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -45,9 +45,7 @@ _PACKAGES = {"nft": "nftables"}
 
 def may_administer() -> bool:
     """Whether this process has CAP_NET_ADMIN, without which the kernel shows neither tables nor rules."""
-    status = Path("/proc/thread-self/status").read_text()
-    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective, 16) >> _CAP_NET_ADMIN & 1)
+    return capabilities.Capability.NET_ADMIN in capabilities.effective()
 
 
 # --- Addresses and ip rules ------------------------------------------------------------------------------------------

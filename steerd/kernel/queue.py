@@ -19,6 +19,7 @@ Layout of a verdict: include/uapi/linux/netfilter/nfnetlink_queue.h.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -30,7 +31,7 @@ from typing import NamedTuple, Protocol
 from netfilterqueue import NetfilterQueue
 
 from steerd.errors import KernelError
-from steerd.kernel.nfnetlink import REQUEST, attribute, message
+from steerd.kernel.nfnetlink import ACK, REQUEST, Nfnetlink, attribute, message
 
 _SOL_NETLINK = 270
 _NETLINK_NO_ENOBUFS = 5
@@ -39,6 +40,10 @@ _SO_RCVBUFFORCE = 33
 _VERDICT = 3 << 8 | 1
 """NFNL_SUBSYS_QUEUE, NFQNL_MSG_VERDICT."""
 _VERDICT_HEADER, _MARK, _PAYLOAD = 2, 3, 10
+_CONFIG = 3 << 8 | 2
+"""NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG."""
+_COMMAND, _PF_UNBIND = 1, 4
+_STATES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 _DROP, _ACCEPT = 0, 1
 _TWO_NUMBERS = struct.Struct("!II").pack
 _NUMBER = struct.Struct("!I").pack
@@ -149,13 +154,29 @@ class QueueState(NamedTuple):
 def states() -> dict[int, QueueState]:
     """Every bound queue of this network namespace, by number; raises KernelError for who may not look."""
     try:
-        text = Path("/proc/thread-self/net/netfilter/nfnetlink_queue").read_text()
+        text = _STATES.read_text()
     except FileNotFoundError:
         return {}
     except PermissionError:
-        raise KernelError("only root may look at the queues (/proc/net/netfilter/nfnetlink_queue)") from None
+        raise KernelError(
+            "only root, and the group that was let (steerd prepare), may look at the queues"
+            " (/proc/net/netfilter/nfnetlink_queue)"
+        ) from None
     result = {}
     for line in text.splitlines():
         fields = [int(field) for field in line.split()]
         result[fields[0]] = QueueState(fields[0], fields[1], fields[2], fields[5], fields[6])
     return result
+
+
+def let_group_look(gid: int) -> None:
+    """As root: let a group read what `states` reads, in this network namespace until it ends (or the kernel's module is
+    removed). Capabilities do not open that file, only its owner and group do (mode 0440)."""
+    # A command that does nothing any more, to the module that has to be there for the file to be.
+    nothing = attribute(_COMMAND, struct.pack("!BxH", _PF_UNBIND, 0))
+    with contextlib.closing(Nfnetlink()) as netlink:
+        netlink.ask(_CONFIG, ACK, 0, nothing, "asking for nfnetlink_queue")
+    try:
+        os.chown(_STATES, -1, gid)
+    except OSError as error:
+        raise KernelError(f"{_STATES} cannot be given to group {gid}: {error.strerror}") from error

@@ -62,6 +62,7 @@ STEERD = """\
 [gateway]
 state_dir = "{directory}/state"
 run_dir = "{directory}/run"
+user = "root"
 workers = {workers}
 
 [gateway.limits]            # all of these connections come from a few addresses

@@ -64,6 +64,7 @@ CONFIG = f"""\
 [gateway]
 state_dir = "{{directory}}/state"
 run_dir = "{{directory}}/run"
+user = "root"
 workers = 2
 
 [gateway.limits]            # all of these connections come from one address

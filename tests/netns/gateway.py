@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,16 @@ class Gateway:
     # ---- the daemon ----
     def configure(self, body: str, gateway: str = "") -> None:
         """Write the configuration: `body` in TOML, and more lines for [gateway] (before its sub-tables)."""
-        directories = f'state_dir = "{self.directory}/state"\nrun_dir = "{self.directory}/run"\n'
+        directories = f'state_dir = "{self.directory}/state"\nrun_dir = "{self.directory}/run"\nuser = "root"\n'
         self.config.write_text(f"[gateway]\n{directories}workers = 2\n{gateway}\n{body}")
 
-    def start(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Start the daemon, do something else, and wait until every worker is bound."""
+    def start(self, meanwhile: Callable[[], None] = lambda: None, *, through: Sequence[str] = ()) -> None:
+        """Start the daemon, do something else, and wait until every worker is bound. `through`: a command that executes
+        what is appended to it."""
         ready = self.count_events("ready")
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(
-                self.host.command(sys.executable, "-m", "steerd", "run", str(self.config)),
+                self.host.command(*through, sys.executable, "-m", "steerd", "run", str(self.config)),
                 stderr=log, stdout=log, cwd=ROOT,
             )  # fmt: skip
         meanwhile()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from steerd import daemon
+from steerd import daemon, privileges
 from steerd.cli import ctl, main, probe
 from steerd.client import NotPermittedError
 from steerd.kernel import aliases, ruleset
@@ -120,6 +120,7 @@ def harmless(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the machine was about to be changed")
 
     monkeypatch.setattr(daemon, "Registry", touched)
+    monkeypatch.setattr(privileges, "settle", lambda _config: privileges.Standing("root", (), ""))
     for module, name in ((ruleset, "load"), (ruleset, "remove"), (aliases, "reconcile"), (aliases, "remove_all")):
         monkeypatch.setattr(module, name, touched)
 

@@ -22,6 +22,7 @@ FULL = """
 [gateway]
 state_dir = "/var/lib/other"
 run_dir = "/run/other"
+user = "agent"
 workers = 3
 first_queue = 100
 mark_bits = "4-27"
@@ -106,6 +107,7 @@ def test_a_full_configuration_becomes_values() -> None:
     assert read.gateway == config.Gateway(
         state_dir="/var/lib/other",
         run_dir="/run/other",
+        user="agent",
         workers=3,
         first_queue=100,
         mark=MarkLayout(4, 27),
@@ -586,7 +588,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         gateway('"odd\\nkey" = 1'),
-        'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, workers, first_queue, '
+        'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, '
         "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
     ),
     (
@@ -1223,8 +1225,8 @@ when = { "http.host" = "b.example" }
         f"f.toml: {mistake}"
         for mistake in (
             "gateway.workers: Must be a whole number from 1 to 64, not 0.",
-            "gateway.colour: Is not a known key; known here: state_dir, run_dir, workers, first_queue, mark_bits, "
-            "queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
+            "gateway.colour: Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, "
+            "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
             'services.web.routes[1].target: Is missing; it must be a target such as "10.64.0.1:8080".',
             "gateway.mark_bits: Has 13 bits; steerd needs at least 20.",
             'pools.t.prefixes[1]: "10.65.0.1/16" has bits set behind the prefix length; "10.65.0.0/16" would be right.',

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "config": {"core", "wire", "model", "errors"},
     "control": {"core", "wire", "model", "errors", "config"},
     "telemetry": {"model", "errors"},
+    "privileges": {"config", "kernel", "errors"},
     "client": {"wire", "model", "errors"},
     "late": {"core", "kernel", "wire", "model", "telemetry"},
     "datagram": {"core", "kernel", "wire", "model", "telemetry"},

@@ -1,0 +1,37 @@
+"""The unit file: how far it is sandboxed, and that it grants what the program asks for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import steerd
+from steerd import config, privileges
+
+UNIT = Path(steerd.__file__).parent / "systemd" / "steerd.service"
+
+
+def setting(name: str) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
+
+
+def test_its_exposure_is_below_2() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", str(UNIT)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+def test_it_grants_the_capabilities_that_every_configuration_needs_and_no_others() -> None:
+    needed = " ".join(str(need.capability) for need in privileges.needed(config.parse("", "")))
+    assert needed == "CAP_NET_ADMIN CAP_NET_RAW"
+    assert setting("AmbientCapabilities") == setting("CapabilityBoundingSet") == [needed]
+
+
+def test_it_runs_as_the_default_user_in_the_default_directories() -> None:
+    gateway = config.parse("", "").gateway
+    assert setting("User") == [gateway.user]
+    assert [f"/run/{name}" for name in setting("RuntimeDirectory")] == [gateway.run_dir]
+    assert [f"/var/lib/{name}" for name in setting("StateDirectory")] == [gateway.state_dir]
