@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
-from steerd.errors import SteerdError
+from steerd.errors import ForbiddenError
 from steerd.model import TCP, Extension
 from steerd.wire import packet, portext
 from steerd.wire.packet import ACK, RST, SYN, Packet
@@ -43,7 +43,7 @@ Address = tuple[Any, ...]
 NUMBERS = Numbers()
 
 
-class NotPermittedError(SteerdError, PermissionError):
+class NotPermittedError(ForbiddenError, PermissionError):
     """This process may not put an extension into a SYN; the message names the ways out."""
 
 

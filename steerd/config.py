@@ -34,6 +34,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from steerd import paths
 from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
 from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
@@ -347,8 +348,8 @@ class _RawPortExtension(Struct):
 
 
 class _RawGateway(Struct):
-    state_dir: str = "/var/lib/steerd"
-    run_dir: str = "/run/steerd"
+    state_dir: str = paths.STATE_DIR
+    run_dir: str = paths.RUN_DIR
     user: Annotated[str, Meta(min_length=1)] = "steerd"
     workers: Annotated[int, Meta(ge=1, le=64)] = min(os.cpu_count() or 1, 64)
     first_queue: Annotated[int, Meta(ge=0, le=65535)] = 21300

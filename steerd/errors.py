@@ -38,3 +38,11 @@ class KernelError(SteerdError):
 
 class RegistryError(SteerdError):
     """The registry cannot be opened, is of another version, or has no target id left."""
+
+
+class NoAnswerError(SteerdError):
+    """The daemon does not answer where it should listen."""
+
+
+class ForbiddenError(SteerdError):
+    """Who asks has not the right to it."""

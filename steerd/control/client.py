@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from steerd.errors import SteerdError
+from steerd.errors import ForbiddenError, NoAnswerError, SteerdError
 
 _TIMEOUT_SECONDS = 60.0
 _PIECE = 1 << 18
@@ -23,8 +23,8 @@ def socket_path(run_dir: str) -> Path:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("steerd", timeout=_TIMEOUT_SECONDS)
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("steerd", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
@@ -33,21 +33,28 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def request(run_dir: str, method: str, *path: str, query: dict[str, str] | None = None, body: object = None) -> Any:
+def request(
+    run_dir: str,
+    method: str,
+    *path: str,
+    query: dict[str, str] | None = None,
+    body: object = None,
+    timeout: float = _TIMEOUT_SECONDS,
+) -> Any:
     """What the API answers to `method` on /v1/ and the parts of a path, from JSON (None where it answers nothing).
-    `body` is sent as JSON, or as it is if it is bytes.
+    `body` is sent as JSON, or as it is if it is bytes. `timeout`: seconds, for each part of the answer.
 
     Raises SteerdError with the API's own sentence, or one about the daemon that does not answer.
     """
     content = body if isinstance(body, bytes) or body is None else json.dumps(body)
-    with _asked(run_dir, method, path, query, content) as response:
+    with _asked(run_dir, method, path, query, content, timeout) as response:
         answer = response.read()
         return json.loads(answer) if answer else None
 
 
 def download(run_dir: str, *path: str) -> Iterator[bytes]:
     """What the API answers to GET on /v1/ and the parts of a path, in pieces as they come. Raises as `request` does."""
-    with _asked(run_dir, "GET", path, None, None) as response:
+    with _asked(run_dir, "GET", path, None, None, _TIMEOUT_SECONDS) as response:
         while piece := response.read1(_PIECE):
             yield piece
         # read1 says nothing of an answer that was cut short.
@@ -57,14 +64,19 @@ def download(run_dir: str, *path: str) -> Iterator[bytes]:
 
 @contextmanager
 def _asked(
-    run_dir: str, method: str, path: tuple[str, ...], query: dict[str, str] | None, body: str | bytes | None
+    run_dir: str,
+    method: str,
+    path: tuple[str, ...],
+    query: dict[str, str] | None,
+    body: str | bytes | None,
+    timeout: float,
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer, if it is a good one; whatever goes wrong while it is read is a SteerdError as well."""
     where = socket_path(run_dir)
     url = "/v1/" + "/".join(quote(part, safe="") for part in path)
     if query:
         url += f"?{urlencode(query)}"
-    connection = _UnixConnection(where)
+    connection = _UnixConnection(where, timeout)
     try:
         connection.request(method, url, body)
         response = connection.getresponse()
@@ -72,9 +84,9 @@ def _asked(
             raise SteerdError(json.loads(response.read())["message"])
         yield response
     except PermissionError:
-        raise SteerdError(f"{where} may not be used by you; be root, or in the group steerd.") from None
+        raise ForbiddenError(f"{where} may not be used by you; be root, or in the group steerd.") from None
     except (FileNotFoundError, ConnectionRefusedError):
-        raise SteerdError(f"nobody answers at {where}: is steerd running?") from None
+        raise NoAnswerError(f"nobody answers at {where}: is steerd running?") from None
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise SteerdError(f"{where} gave no answer that can be understood: {error}") from error
     finally:

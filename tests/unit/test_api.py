@@ -422,7 +422,7 @@ def test_steerctl_lists_more_than_a_page(
 def test_steerctl_without_a_daemon(
     tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = (1, f"steerctl: nobody answers at {tmp_path}/api.sock: is steerd running?\n")
+    expected = (3, f"steerctl: nobody answers at {tmp_path}/api.sock: is steerd running?\n")
     assert steerctl(monkeypatch, capsys, "list", "tv", "--config", file) == expected
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "api.sock"))

@@ -180,7 +180,7 @@ def test_status_of_a_daemon_that_is_down_shows_what_was_counted_and_that_nobody_
     for slot in range(2):
         counters.slot(slot)[Reason.ROUTE] = 1000
     status, out, err = run(ctl.main, "status", good)
-    assert (status, err) == (1, "")
+    assert (status, err) == (3, "")
     assert out.startswith(f"Nobody answers at {good[: -len('steerd.toml')]}run/api.sock: steerd does not run.")
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     assert ["route", "2,000"] in lines
@@ -270,7 +270,7 @@ def test_a_probe_without_the_right_to_send_is_the_clients_sentence(run: Run, mon
 
     monkeypatch.setattr(probe, "_Prober", forbidden)
     status, _, err = run(ctl.main, "probe", "192.0.2.1", "70000")
-    assert (status, err) == (1, "steerctl: needs CAP_NET_RAW\n")
+    assert (status, err) == (4, "steerctl: needs CAP_NET_RAW\n")
 
 
 @pytest.mark.parametrize("answer", [0, 1])

@@ -18,10 +18,11 @@ EVERYTHING = None
 MAY_IMPORT: dict[str, set[str] | None] = {
     "model": set(),
     "errors": set(),
+    "paths": set(),
     "wire": {"model", "errors"},
     "core": {"wire", "model", "errors"},
     "kernel": {"core", "model", "errors"},
-    "config": {"core", "wire", "model", "errors"},
+    "config": {"core", "wire", "model", "errors", "paths"},
     "control": {"core", "wire", "model", "errors", "config"},
     "telemetry": {"model", "errors"},
     "privileges": {"config", "kernel", "errors"},

@@ -1,0 +1,36 @@
+"""`steerctl`: for operators. Looks at a running steerd, and probes an extended port from a client's side.
+
+A noun is a file, with its verbs; `ask` is how the daemon is asked, `show` how answers look, `complete` what a shell
+offers for names. With `--json`, one thing is one JSON object on a line, and a list is a JSON array on a line; what may
+be very long (flows, an export) is one object a line instead. Keys are those of the API (control.api); none is ever
+renamed or removed under /v1. Exit statuses: cli.common.Exit.
+
+Modules are light, since a shell's completion imports all of them: what a command needs beside typer it imports itself.
+"""
+
+from __future__ import annotations
+
+from steerd.cli import common
+from steerd.cli.ctl import explain, leases, probe, routes, sessions, status, transfer
+
+app = common.new_app(completes=True)
+
+
+@app.callback(epilog=common.epilog())
+def _options(_version: common.Version = False) -> None:
+    """Looks at a running steerd, and changes what it does."""
+
+
+app.command()(status.status)
+for noun in (routes, leases, sessions):
+    app.add_typer(noun.app, name=noun.NAME)
+    app.add_typer(noun.app, name=noun.PLURAL, hidden=True)
+app.command()(explain.explain)
+app.command()(probe.probe)
+app.command("export")(transfer.export_registry)
+app.command("import")(transfer.import_registry)
+
+
+def main() -> None:
+    """The console script."""
+    common.run(app, "steerctl")

@@ -1,0 +1,5 @@
+"""`python -m steerd.cli.ctl`."""
+
+from steerd.cli.ctl import main
+
+main()

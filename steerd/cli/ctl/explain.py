@@ -1,0 +1,38 @@
+"""`steerctl explain`; what it does is cli.explain."""
+
+from __future__ import annotations
+
+import typer
+
+from steerd.cli import options
+from steerd.cli.options import DEFAULT_CONFIG, Config, Json
+
+
+def explain(
+    capture: options.CaptureFile = None,
+    hexadecimal: options.Hex = None,
+    to: options.To = None,
+    client: options.From = None,
+    sni: options.Sni = None,
+    host: options.Host = None,
+    path: options.PathOf = None,
+    key: options.Key = None,
+    extension: options.DstExtension = None,
+    source_extension: options.SrcExtension = None,
+    live_seconds: options.Live = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Say step by step what would become of a connection, by what is in force: the daemon's registry, if it can be
+    read (as root), else the configuration alone.
+
+    Exit status: 0 steered, 1 not steered, 2 bad configuration or usage.
+    """
+    from steerd import config as configuration
+    from steerd.cli import explain as explaining
+
+    question = explaining.asked(
+        capture, hexadecimal, live_seconds, to, client, sni, host, path, key, extension, source_extension
+    )
+    status = explaining.explain(configuration.load(config), question, from_registry=True, as_json=as_json)
+    raise typer.Exit(status)
