@@ -83,6 +83,7 @@ _MAX_QUEUES = 65536
 _KERNEL_TCP_OPTIONS = {19: "MD5", 28: "user timeout", 29: "TCP-AO", 30: "MPTCP", 34: "Fast Open", 69: "TCP-ENO"}
 _IPV4 = re.compile(r"[0-9.]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}")  # what useradd(8) allows, and upper case
 _ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 _Rate = Annotated[int, Meta(ge=1, le=(1 << 32) - 1)]
@@ -128,6 +129,13 @@ class Pending(Struct, frozen=True):
     connections: Annotated[int, Meta(ge=1, le=1 << 20)] = 4096
 
 
+class Api(Struct, frozen=True):
+    """Who may use the API beside root and the group `steerd`."""
+
+    read_only_group: str | None = None
+    """The group whose members may look at what is no secret, at a socket of their own; None: there is none."""
+
+
 class Gateway(Struct, frozen=True):
     """What concerns the whole machine."""
 
@@ -150,6 +158,7 @@ class Gateway(Struct, frozen=True):
     timeouts: Timeouts
     pending: Pending
     port_extension: Numbers
+    api: Api = Api()
 
 
 class ExtensionPool(Struct, frozen=True):
@@ -362,6 +371,7 @@ class _RawGateway(Struct):
     timeouts: Timeouts = Timeouts()
     pending: Pending = Pending()
     port_extension: _RawPortExtension = msgspec.field(default_factory=_RawPortExtension)
+    api: Api = Api()
 
 
 class _RawPool(Struct):
@@ -748,6 +758,12 @@ def _directory(text: str) -> str:
     return text
 
 
+def _group_name(text: str) -> str:
+    if not _GROUP.fullmatch(text):
+        raise ValueError(f"Must be the name of a group, not {_shown(text)}.")
+    return text
+
+
 def _flatten(table: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
     """`http.host = "a"` is a table in a table to TOML; `"http.host" = "a"` is not. Both are the key http.host here."""
     for name, value in table.items():
@@ -883,6 +899,8 @@ def _not_empty(text: str) -> str:
 def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
     for name, text in (("state_dir", raw.state_dir), ("run_dir", raw.run_dir)):
         reader.attempt(f"gateway.{name}", _directory, text)
+    if raw.api.read_only_group is not None:
+        reader.attempt("gateway.api.read_only_group", _group_name, raw.api.read_only_group)
     mark = reader.attempt("gateway.mark_bits", _mark_bits, raw.mark_bits)
     last_queue = raw.first_queue + raw.workers - 1
     if last_queue >= _MAX_QUEUES and not (reader.is_bad("gateway.first_queue") or reader.is_bad("gateway.workers")):
@@ -910,6 +928,7 @@ def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
         timeouts=raw.timeouts,
         pending=raw.pending,
         port_extension=numbers,
+        api=raw.api,
     )
 
 

@@ -52,6 +52,7 @@ FIXED = (
     "receive_buffer",
     "access_log",
     "user",
+    "api",
 )
 """Of config.Gateway: what a reload cannot change."""
 _WATCH_SECONDS = 1.0
@@ -197,7 +198,13 @@ class Daemon:
         self._notifier = Notifier()
         self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
-        self._api = Api(Context(self._registry, self), config.gateway.run_dir, self._on_api_fault)
+        self._api = Api(
+            Context(self._registry, self),
+            config.gateway.run_dir,
+            self._on_api_fault,
+            self._on_api_refused,
+            config.gateway.api.read_only_group,
+        )
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)
         self._stop = asyncio.Event()
@@ -272,6 +279,9 @@ class Daemon:
 
     def _on_api_fault(self, text: str) -> None:
         self._log.error("fault in the API", why=text)
+
+    def _on_api_refused(self, sentence: str) -> None:
+        self._log.warning("refused at the API", why=sentence)
 
     async def _collect_claims(self) -> None:
         """The last ones, of workers that are gone: who wipes run_dir after the daemon takes none of them away."""

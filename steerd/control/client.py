@@ -22,6 +22,11 @@ def socket_path(run_dir: str) -> Path:
     return Path(run_dir) / "api.sock"
 
 
+def read_only_socket_path(run_dir: str) -> Path:
+    """Where it listens for those who may only look, if the configuration wants it."""
+    return Path(run_dir) / "api-ro.sock"
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout: float) -> None:
         super().__init__("steerd", timeout=timeout)

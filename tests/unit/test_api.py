@@ -54,6 +54,7 @@ class Served(NamedTuple):
     registry: Registry
     run_dir: Path
     faults: list[str]
+    refused: list[str]
 
     @property
     def path(self) -> Path:
@@ -82,12 +83,12 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(registry: Registry, run_dir: Path) -> Iterator[Served]:
+def serving(registry: Registry, run_dir: Path, read_only_group: str | None = None) -> Iterator[Served]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    served = Served(registry, run_dir, [])
-    made = Api(Context(registry, Bare()), str(run_dir), served.faults.append)
+    served = Served(registry, run_dir, [], [])
+    made = Api(Context(registry, Bare()), str(run_dir), served.faults.append, served.refused.append, read_only_group)
     try:
         asyncio.run_coroutine_threadsafe(made.start(), loop).result(30)
         yield served
@@ -346,7 +347,7 @@ def test_a_socket_that_a_killed_daemon_left_is_no_hindrance(tmp_path: Path, regi
 
 def test_a_socket_that_cannot_be_made_is_a_sentence(tmp_path: Path, registry: Registry) -> None:
     for run_dir, why in (("none", "No such file or directory"), ("x" * 200, "AF_UNIX path too long")):
-        api = Api(Context(registry, Bare()), str(tmp_path / run_dir), print)
+        api = Api(Context(registry, Bare()), str(tmp_path / run_dir), print, print)
         with pytest.raises(SteerdError, match=rf"/{run_dir}/api\.sock cannot be listened on: {why}$"):
             asyncio.run(api.start())
 

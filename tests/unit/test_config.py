@@ -50,6 +50,8 @@ ipv4_option = 0x9F
 ipv6_option = 0x3E
 tcp_option = 254
 exid = 1
+[gateway.api]
+read_only_group = "monitoring"
 
 [pools.tenants]
 prefixes = ["10.64.0.0/15", "fd00:64::/111"]
@@ -118,6 +120,7 @@ def test_a_full_configuration_becomes_values() -> None:
         timeouts=Timeouts(1, 2, 3, 4),
         pending=Pending(40000, 7, 8),
         port_extension=Numbers(0x9F, 0x3E, 254, 1),
+        api=config.Api("monitoring"),
     )
     tenants = Pool(
         "tenants", (ipaddress.ip_network("10.64.0.0/15"), ipaddress.ip_network("fd00:64::/111")), "anyip", 70000
@@ -589,7 +592,8 @@ MISTAKES: list[tuple[str, str]] = [
     (
         gateway('"odd\\nkey" = 1'),
         'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, '
-        "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
+        "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension,"
+        " api.",
     ),
     (
         gateway("workers = 0"),
@@ -630,6 +634,10 @@ MISTAKES: list[tuple[str, str]] = [
     (
         gateway("first_queue = 65535\nworkers = 2"),
         "gateway.first_queue: With 2 workers the last queue would be 65536; the highest is 65535.",
+    ),
+    (
+        gateway("api = { read_only_group = 'a b' }"),
+        'gateway.api.read_only_group: Must be the name of a group, not "a b".',
     ),
     (
         gateway("mark_bits = '8'"),
@@ -1226,7 +1234,8 @@ when = { "http.host" = "b.example" }
         for mistake in (
             "gateway.workers: Must be a whole number from 1 to 64, not 0.",
             "gateway.colour: Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, "
-            "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension.",
+            "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension,"
+            " api.",
             'services.web.routes[1].target: Is missing; it must be a target such as "10.64.0.1:8080".',
             "gateway.mark_bits: Has 13 bits; steerd needs at least 20.",
             'pools.t.prefixes[1]: "10.65.0.1/16" has bits set behind the prefix length; "10.65.0.0/16" would be right.',

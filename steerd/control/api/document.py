@@ -12,7 +12,9 @@ from msgspec import Struct
 from steerd.control.api.operation import CODES, AnyOperation, Lines, Nothing, Problem
 
 _COMPONENT = "#/components/schemas/{name}"
-_OF_EVERY_OPERATION = ("invalid", "fault", "registry")
+_OF_EVERY_OPERATION = ("invalid", "forbidden", "fault", "registry")
+_READ_ONLY = "On both sockets."
+_READ_WRITE = "Not on the read-only socket."
 _JSON_LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
 
 
@@ -53,6 +55,7 @@ def _described(operation: AnyOperation) -> dict[str, Any]:
     described: dict[str, Any] = {
         "operationId": operation.name,
         "summary": operation.sentence,
+        "description": _READ_ONLY if operation.method == "GET" and not operation.private else _READ_WRITE,
         "parameters": [*_parameters(operation.parameters, "path"), *_parameters(operation.query, "query")],
         "responses": _responses(operation),
     }
@@ -76,7 +79,7 @@ def _responses(operation: AnyOperation) -> dict[str, Any]:
     for code in (*_OF_EVERY_OPERATION, *operation.errors):
         codes.setdefault(CODES[code], []).append(code)
     if operation.body is not Nothing:
-        codes[CODES["too_large"]] = ["too_large"]
+        codes |= {CODES[code]: [code] for code in ("too_large", "too_slow")}
     failures = {
         str(status): {"description": f"Code: {', '.join(names)}.", "content": _content(Problem)}
         for status, names in codes.items()

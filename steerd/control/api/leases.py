@@ -90,6 +90,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         query=Page,
         body=Nothing,
         answers={200: LeasePage},
+        private=True,
     ),
     Operation(
         "getLease",
@@ -102,6 +103,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         body=Nothing,
         answers={200: LeaseView},
         errors=("not_found",),
+        private=True,
     ),
     Operation(
         "putLease",

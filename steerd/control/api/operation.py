@@ -13,8 +13,10 @@ from steerd.control.api.context import Context
 MAX_PAGE = 1000
 CODES = {
     "invalid": 400,
+    "forbidden": 403,
     "not_found": 404,
     "not_allowed": 405,
+    "too_slow": 408,
     "conflict": 409,
     "configuration": 409,
     "too_large": 413,
@@ -94,6 +96,8 @@ class Operation(Generic[P, Q, B]):
     answers: Mapping[int, type[Struct | Lines] | None]
     errors: tuple[str, ...] = ()
     """Codes, beside those that every operation may have."""
+    private: bool = False
+    """Not on the read-only socket: who reads it may learn what lets him in somewhere."""
 
 
 AnyOperation = Operation[Any, Any, Any]

@@ -70,6 +70,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         body=Nothing,
         answers={200: RoutePage},
         errors=("not_found",),
+        private=True,
     ),
     Operation(
         "putRoute",

@@ -1,9 +1,12 @@
-"""Serves the operations of the table on a unix socket."""
+"""Serves the operations of the table on two unix sockets: api.sock, and for monitors api-ro.sock.
+
+The read-only socket is there if the configuration names a group for it. What can be asked for there is each GET but
+those that tell what may let somebody in: session ids, and the cookies and headers in routes (Operation.private).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import grp
 import inspect
 import os
@@ -12,6 +15,7 @@ import socket
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -19,18 +23,24 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from msgspec import Struct
 
+from steerd.control.api.connection import Connection, hang_up, problem
 from steerd.control.api.context import Context
-from steerd.control.api.operation import CODES, Answer, AnyOperation, Lines, Nothing, Problem, Request
+from steerd.control.api.operation import Answer, AnyOperation, Lines, Nothing, Request
+from steerd.control.api.peers import Door
 from steerd.control.api.table import OPERATIONS
-from steerd.control.client import socket_path
+from steerd.control.client import read_only_socket_path, socket_path
 from steerd.control.sessions import RequestError
 from steerd.errors import KernelError, RegistryError, SteerdError
 
 GROUP = "steerd"
 
 _MODE = 0o660
+_MODE_FOR_ALL = 0o666
 _MAX_BODY = 65536
 _MAX_LINES = 16 << 20
+_BODY_SECONDS = 30.0
+_MOST_IMPORTS = 2
+"""At a time: each may take _MAX_LINES of memory, and a few times that while it is read."""
 _STREAM_SECONDS = 60.0
 """How long a reader of an export may take for some thousand lines: as long as it reads, no page is used again."""
 _SHUTDOWN_SECONDS = 1.0
@@ -42,54 +52,106 @@ _HTTP_ERRORS = {
     413: ("too_large", f"The body is longer than {_MAX_BODY} bytes."),
 }
 
+_READING = ("GET", "HEAD")
+
 T = TypeVar("T", bound=Struct)
 
 
 class Api:
-    """Serves from `start` to `stop`. `on_fault` is told what went wrong where nobody foresaw it."""
+    """Serves from `start` to `stop`. `on_fault` is told what went wrong where nobody foresaw it, `on_refused` who was
+    not let in."""
 
-    def __init__(self, context: Context, run_dir: str, on_fault: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        run_dir: str,
+        on_fault: Callable[[str], None],
+        on_refused: Callable[[str], None],
+        read_only_group: str | None = None,
+    ) -> None:
+        """`read_only_group`: whose members may use the read-only socket; None: there is no such socket."""
         self.path = socket_path(run_dir)
+        self.read_only_path = read_only_socket_path(run_dir)
         self._context = context
         self._on_fault = on_fault
+        self._on_refused = on_refused
+        self._read_only_group = read_only_group
         self._threads = ThreadPoolExecutor(_THREADS, "api")
-        app = web.Application(middlewares=[self._errors_as_json], client_max_size=_MAX_BODY)
+        self._importing = asyncio.Semaphore(_MOST_IMPORTS)
+        app = web.Application(middlewares=[self._errors_as_json, self._doors], client_max_size=_MAX_BODY)
         app.add_routes(
             web.RouteDef(operation.method, operation.path, self._handler(operation), {}) for operation in OPERATIONS
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
+        self._listening: list[asyncio.Server] = []
 
     async def start(self) -> None:
-        """Listen; raises SteerdError if the socket cannot be had."""
-        listener = socket.socket(socket.AF_UNIX)
-        try:
-            self.path.unlink(missing_ok=True)
-            listener.bind(str(self.path))
-            # Before it listens, so that nobody gets in who may not.
-            self.path.chmod(_MODE)
-            with contextlib.suppress(KeyError):  # no such group on this machine: root alone
-                os.chown(self.path, -1, grp.getgrnam(GROUP).gr_gid)
-        except OSError as error:
-            listener.close()
-            raise SteerdError(f"{self.path} cannot be listened on: {error.strerror or error}") from error
+        """Listen; raises SteerdError if the socket cannot be had. Trouble with the read-only one is told to
+        `on_fault`, and it is not there."""
         await self._runner.setup()
-        await web.SockSite(self._runner, listener).start()
+        group = _number_of(GROUP)
+        ours = () if group is None else (group,)
+        who = f"root and the group {GROUP}"
+        await self._listen(Door(str(self.path), ours, who, read_only=False, on_refused=self._on_refused), group)
+        self.read_only_path.unlink(missing_ok=True)
+        if self._read_only_group is None:
+            return
+        readers = _number_of(self._read_only_group)
+        if readers is None:
+            self._on_fault(
+                f"gateway.api.read_only_group: there is no group {self._read_only_group} on this machine, and hence no"
+                " read-only socket"
+            )
+            return
+        who += f" and the group {self._read_only_group}"
+        door = Door(str(self.read_only_path), (*ours, readers), who, read_only=True, on_refused=self._on_refused)
+        try:
+            await self._listen(door, readers)
+        except SteerdError as error:
+            self._on_fault(str(error))
 
     async def stop(self) -> None:
         """Let requests end that are being answered, and go."""
+        for server in self._listening:
+            server.close()
         await self._runner.cleanup()
         self.path.unlink(missing_ok=True)
+        self.read_only_path.unlink(missing_ok=True)
         # Not in this thread: what still runs may wait for the event loop.
         await asyncio.to_thread(self._threads.shutdown)
 
+    async def _listen(self, door: Door, group: int | None) -> None:
+        path = self.read_only_path if door.read_only else self.path
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            path.unlink(missing_ok=True)
+            listener.bind(str(path))
+            # Before it listens, so that nobody gets in who may not.
+            _give_to(path, group, fallback=_MODE_FOR_ALL if door.read_only else None)
+        except OSError as error:
+            listener.close()
+            raise SteerdError(f"{path} cannot be listened on: {error.strerror or error}") from error
+        server = self._runner.server
+        assert server is not None, "the runner was set up"
+        self._listening.append(
+            await asyncio.get_running_loop().create_unix_server(
+                lambda: Connection(server, door, self._on_fault), sock=listener
+            )
+        )
+
     def _handler(self, operation: AnyOperation) -> Handler:
         async def handler(http: web.Request) -> web.StreamResponse:
-            request = Request(
-                _from_text(http.match_info, operation.parameters),
-                _from_text(http.query, operation.query),
-                await _body(http, operation.body),
-            )
-            answer = await self._carried_out(operation, request)
+            if operation.private and _door(http).read_only:
+                return problem("forbidden", "path", f"{http.path} is not for the read-only socket.")
+            parameters = _from_text(http.match_info, operation.parameters)
+            query = _from_text(http.query, operation.query)
+            if operation.body is Lines:
+                async with self._importing:
+                    request = Request(parameters, query, await _read(_lines(http)))
+                    answer = await self._carried_out(operation, request)
+            else:
+                request = Request(parameters, query, await _read(_body(http, operation.body)))
+                answer = await self._carried_out(operation, request)
             if isinstance(answer.value, Struct):
                 return _json(answer.status, answer.value)
             if answer.value is None:
@@ -110,6 +172,9 @@ class Api:
             while (piece := await self._in_thread(next, pieces, None)) is not None:
                 async with asyncio.timeout(_STREAM_SECONDS):
                     await response.write(piece)
+        except TimeoutError:
+            hang_up(http)
+            raise ConnectionResetError("the client did not read on") from None
         finally:
             if isinstance(pieces, Generator):
                 await self._in_thread(pieces.close)
@@ -120,45 +185,94 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     @web.middleware
+    async def _doors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        refusal = _connection(request).refusal
+        if refusal is not None:
+            return problem("forbidden", None, refusal, closing=True)
+        if _door(request).read_only and request.method not in _READING:
+            return problem("forbidden", "method", f"{request.method} is not for the read-only socket, only GET.")
+        return await handler(request)
+
+    @web.middleware
     async def _errors_as_json(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except RequestError as error:
-            return _problem(error.code, error.field, error.message)
+            return problem(error.code, error.field, error.message)
         except RegistryError as error:
-            return _problem("registry", None, str(error))
+            return problem("registry", None, str(error))
         except KernelError as error:
-            return _problem("kernel", None, str(error))
+            return problem("kernel", None, str(error))
         except web.HTTPException as error:
             code, message = _HTTP_ERRORS.get(error.status, ("invalid", f"{error.reason}."))
-            answer = _problem(code, None, message.format(method=request.method, path=request.path))
+            answer = problem(code, None, message.format(method=request.method, path=request.path))
             if "Allow" in error.headers:
                 answer.headers["Allow"] = error.headers["Allow"]
             return answer
+        except _TooSlowError:
+            return problem("too_slow", None, f"The body took longer than {_BODY_SECONDS:g} s.", closing=True)
+        except ConnectionError:
+            raise  # the client is gone: nobody is there to be told
         except Exception:
             self._on_fault(traceback.format_exc())
-            return _problem("fault", None, "This is a fault of steerd; its log says more.")
+            return problem("fault", None, "This is a fault of steerd; its log says more.")
+
+
+class _TooSlowError(Exception):
+    """A body that does not come."""
+
+
+def _number_of(group: str) -> int | None:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return None
+
+
+def _give_to(path: Path, group: int | None, fallback: int | None) -> None:
+    """Let the members of a group connect. `fallback`: the mode where this process may not give files to the group."""
+    path.chmod(_MODE)
+    if group is None:  # no such group on this machine: root alone
+        return
+    try:
+        os.chown(path, -1, group)
+    except PermissionError:
+        if fallback is None:
+            raise
+        path.chmod(fallback)
+
+
+def _connection(request: web.Request) -> Connection:
+    return cast(Connection, request.protocol)
+
+
+def _door(request: web.Request) -> Door:
+    return _connection(request).door
+
+
+async def _read(body: Awaitable[Any]) -> Any:
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            return await body
+    except TimeoutError:
+        raise _TooSlowError from None
 
 
 def _json(status: int, value: Struct) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
-def _problem(code: str, field: str | None, message: str) -> web.Response:
-    return _json(CODES[code], Problem(code, field, message))
-
-
-async def _body(http: web.Request, kind: type[T] | type[Lines]) -> T | Lines | Nothing:
+async def _body(http: web.Request, kind: type[T]) -> T | Nothing:
     """The request's body as an operation wants it; raises RequestError, naming the field."""
     if kind is Nothing:
         return Nothing()
-    if kind is Lines:
-        return await _lines(http)
     try:
-        return cast(T, msgspec.json.decode(await http.read(), type=kind))
+        return msgspec.json.decode(await http.read(), type=kind)
+    except RecursionError as error:
+        raise RequestError("invalid", None, "The body is nested too deeply.") from error
     except msgspec.ValidationError as error:
         raise _invalid(error) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError("invalid", None, f"The body is not JSON: {error}.") from error
 
 

@@ -76,6 +76,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         body=Nothing,
         answers={200: SessionPage},
         errors=("not_found",),
+        private=True,
     ),
     Operation(
         "getSession",
@@ -88,6 +89,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         body=Nothing,
         answers={200: SessionView},
         errors=("not_found",),
+        private=True,
     ),
     Operation(
         "putSession",

@@ -36,6 +36,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         query=Nothing,
         body=Nothing,
         answers={200: Lines},
+        private=True,
     ),
     Operation(
         "import",
