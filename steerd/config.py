@@ -80,6 +80,7 @@ _IDLE_TIMEOUT = 120
 _MAX_PORT = 65535
 _MAX_EXTENDED_PORT = (1 << 32) - 1
 _MAX_QUEUES = 65536
+_MAX_SOCKET_PATH = 107  # sun_path, with a zero behind it (unix(7))
 _KERNEL_TCP_OPTIONS = {19: "MD5", 28: "user timeout", 29: "TCP-AO", 30: "MPTCP", 34: "Fast Open", 69: "TCP-ENO"}
 _IPV4 = re.compile(r"[0-9.]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -136,6 +137,32 @@ class Api(Struct, frozen=True):
     """The group whose members may look at what is no secret, at a socket of their own; None: there is none."""
 
 
+class Log(Struct, frozen=True):
+    """What the daemon and its workers write on standard error (telemetry.logs)."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Listen(NamedTuple):
+    """Where metrics are served: a TCP address and port, or else the path of a unix socket."""
+
+    host: str
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Metrics(Struct, frozen=True):
+    """What monitors read."""
+
+    listen: Listen | None = None
+
+
 class Gateway(Struct, frozen=True):
     """What concerns the whole machine."""
 
@@ -159,6 +186,8 @@ class Gateway(Struct, frozen=True):
     pending: Pending
     port_extension: Numbers
     api: Api = Api()
+    log: Log = Log()
+    metrics: Metrics = Metrics()
 
 
 class ExtensionPool(Struct, frozen=True):
@@ -356,6 +385,10 @@ class _RawPortExtension(Struct):
     exid: Annotated[int, Meta(ge=0, le=65535)] = Numbers().exid
 
 
+class _RawMetrics(Struct):
+    listen: str = ""
+
+
 class _RawGateway(Struct):
     state_dir: str = paths.STATE_DIR
     run_dir: str = paths.RUN_DIR
@@ -372,6 +405,8 @@ class _RawGateway(Struct):
     pending: Pending = Pending()
     port_extension: _RawPortExtension = msgspec.field(default_factory=_RawPortExtension)
     api: Api = Api()
+    log: Log = Log()
+    metrics: _RawMetrics = msgspec.field(default_factory=_RawMetrics)
 
 
 class _RawPool(Struct):
@@ -648,6 +683,20 @@ def parse_target(text: str) -> Target:
         text, 'A target is written "10.64.0.1:8080", "[fd00:64::1]:8080", or with the port "same"'
     )
     return Target(_address(host), 0 if port == "same" else _port(port))
+
+
+def parse_listen(text: str) -> Listen | None:
+    """`127.0.0.1:9464`, `[::1]:9464`, `unix:/run/steerd/metrics.sock`; "": nowhere."""
+    if not text:
+        return None
+    kind, _, path = text.partition(":")
+    if kind == "unix":
+        if len(_directory(path).encode()) > _MAX_SOCKET_PATH:
+            raise ValueError(f"The path of a unix socket has at most {_MAX_SOCKET_PATH} bytes.")
+        return Listen("", 0, path)
+    usage = 'Where to listen is written "127.0.0.1:9464", "[::1]:9464" or "unix:/run/steerd/metrics.sock"'
+    host, port = _host_and_port(text, usage)
+    return Listen(str(_address(host)), _port(port), "")
 
 
 def _host_and_port(text: str, usage: str) -> tuple[str, str]:
@@ -929,6 +978,8 @@ def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
         pending=raw.pending,
         port_extension=numbers,
         api=raw.api,
+        log=raw.log,
+        metrics=Metrics(reader.attempt("gateway.metrics.listen", parse_listen, raw.metrics.listen)),
     )
 
 

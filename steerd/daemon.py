@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -30,6 +31,7 @@ from steerd.control.api import Api, Context
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
 from steerd.control.states import States
+from steerd.core.engine import Plan
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack
@@ -39,7 +41,7 @@ from steerd.kernel.notify import Notifier
 from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason
 from steerd.privileges import Standing
 from steerd.telemetry import logs
-from steerd.telemetry.counters import Counters
+from steerd.telemetry.counters import Counters, Extra, LogSwitch
 from steerd.worker import READY, WorkerSettings
 
 FIXED = (
@@ -50,9 +52,10 @@ FIXED = (
     "run_dir",
     "queue_length",
     "receive_buffer",
-    "access_log",
     "user",
     "api",
+    "log.format",
+    "metrics.listen",
 )
 """Of config.Gateway: what a reload cannot change."""
 _WATCH_SECONDS = 1.0
@@ -133,6 +136,10 @@ def contents_of(config: Config) -> ruleset.Contents:
     )
 
 
+def _log_switch(config: Config) -> LogSwitch:
+    return LogSwitch(logs.LEVELS[config.gateway.log.level], config.gateway.access_log)
+
+
 class Lock(NamedTuple):
     """What only one steerd can hold: the file in its run_dir, which names it, and a socket name, of which each network
     namespace has one. Two daemons with different directories would take each other's aliases away."""
@@ -193,7 +200,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._lock = take_lock(config.gateway.run_dir)
-        self._log = logs.configure(process="main")
+        self._log = logs.configure(process="main", style=config.gateway.log.format)
         self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
         self._notifier = Notifier()
         self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
@@ -207,6 +214,7 @@ class Daemon:
         )
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)
+        self.set_log(_log_switch(config))
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         # Indices of the workers whose queues are bound now, and whether all of them were once.
@@ -238,12 +246,11 @@ class Daemon:
 
         self._log.info("privileges given up", **standing._asdict())
         started = time.monotonic()
-        plan = self._registry.publish(self._config)
+        plan = self._publish(self._config)
         changes = aliases.reconcile(list(self._config.pools.values()), progress)
         with contextlib.closing(self._registry.reader()) as reader:
             known = ruleset.targets_agree(self._nftables, self._config.gateway.mark, reader.target)
         self._load_table(self._config, empty_targets=not known)
-        self._counters.next_generation()
         self._log.info(
             "table loaded",
             queue="nft" if self._native_queue else "iptables-nft (this kernel has no nft queue)",
@@ -334,7 +341,7 @@ class Daemon:
             state_dir=gateway.state_dir,
             run_dir=gateway.run_dir,
             counters=str(self._counters.path),
-            access_log=gateway.access_log,
+            log_format=gateway.log.format,
             main_pid=os.getpid(),
         )
         argument = msgspec.json.encode(settings).decode()
@@ -367,6 +374,7 @@ class Daemon:
                 back_off = _FIRST_BACK_OFF
             self._log.warning("worker died", worker=index, pid=process.pid, status=status, again_in_seconds=back_off)
             await asyncio.sleep(back_off)
+            self._counters.slot(index)[Extra.RESTARTS] += 1
             back_off = min(back_off * 2, _LONGEST_BACK_OFF)
 
     async def _watch_queues(self) -> None:
@@ -567,14 +575,22 @@ class Daemon:
             return error
         return None
 
-    def _publish(self, config: Config) -> None:
-        self._registry.publish(config)
+    def _publish(self, config: Config) -> Plan:
+        # Before the workers see the plan, so that they find the names of its services.
+        self._counters.name_series((service.name, service.inspect) for service in config.services)
+        plan = self._registry.publish(config)
         self._counters.next_generation()
+        return plan
+
+    def set_log(self, switch: LogSwitch) -> None:
+        """What is logged from now on, by this process and by the workers."""
+        logs.set_level(switch.level)
+        self._counters.log = switch
 
     def _apply(self, new: Config) -> None:
         """Put a new configuration in force: what it adds first, what it takes away last."""
         for key in FIXED:
-            if getattr(new.gateway, key) != getattr(self._config.gateway, key):
+            if attrgetter(key)(new.gateway) != attrgetter(key)(self._config.gateway):
                 name = "mark_bits" if key == "mark" else key
                 raise SteerdError(f"{new.file}: gateway.{name} changed, which needs a restart of the daemon")
         if sentence := privileges.lacking(new):
@@ -586,6 +602,8 @@ class Daemon:
         except SteerdError:
             self._publish(self._config)
             raise
+        if _log_switch(new) != _log_switch(self._config):
+            self.set_log(_log_switch(new))
         self._config = new
         aliases.reconcile(list(new.pools.values()))
         self._log.info("reloaded", file=str(new.file), services=len(new.services))

@@ -94,6 +94,16 @@ class Datagram:
         """How many flows wait for something: a decision, or to be forgotten after it."""
         return len(self._undecided) + len(self._decided) + len(self._decided_before) + len(self._negotiating)
 
+    @property
+    def undecided(self) -> int:
+        """How many flows wait for a decision."""
+        return len(self._undecided)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of their first datagrams, as packets."""
+        return self._undecided.held_bytes
+
     def judge(self, packet: Packet, raw: bytes) -> Verdict:
         """What becomes of a queued datagram; `raw` are its bytes, as far as they were copied."""
         flow = packet.flow

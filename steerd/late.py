@@ -144,6 +144,16 @@ class Late:
         """How many connections wait for a decision, or for their daemon's host."""
         return len(self._pending) + len(self._waiting) + len(self._opening)
 
+    @property
+    def undecided(self) -> int:
+        """How many connections wait for a decision."""
+        return len(self._pending)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of their first payloads."""
+        return self._pending.held_bytes
+
     def send(self, packet: bytes, target_id: int) -> None:
         """Send an IP packet, decided for this target, now. Raises OSError as Injector.send does."""
         self._injector.send(packet, self._mark.field(target_id))

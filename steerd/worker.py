@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import ipaddress
 import os
 import signal
 import sys
@@ -32,8 +31,9 @@ from steerd.kernel.queue import DROP, Queue, QueuedPacket, Ruling, Verdict
 from steerd.kernel.ruleset import datagram_elements, target_elements
 from steerd.late import TICK_SECONDS, Late
 from steerd.model import UDP, Outcome, Reason
+from steerd.record import Record
 from steerd.telemetry import logs
-from steerd.telemetry.counters import Counters, Extra
+from steerd.telemetry.counters import GENERATION_WORD, Counters, Extra
 from steerd.wire import packet as wire
 
 READY = b"ready\n"
@@ -45,6 +45,7 @@ _COLLECT_EVERY = 100_000
 _BATCH = 64
 # Faults are logged once each; a client that can cause many different ones must not fill the disk.
 _MAX_FAULTS_LOGGED = 100
+_GAUGE_SECONDS = 0.25
 # The queue's former owner, killed a moment ago, may still be on its way out.
 _BIND_SECONDS = 5.0
 
@@ -59,8 +60,7 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     state_dir: str
     run_dir: str
     counters: str
-    access_log: int
-    """0: no decision is logged, 1: every one, n: one of n."""
+    log_format: logs.Format
     main_pid: int
 
 
@@ -69,15 +69,17 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._log = logs.configure(process=f"worker-{settings.index}")
         self._counters = Counters.open(Path(settings.counters), write=True)
+        self._shared = self._counters.header
+        self._log = logs.configure(process=f"worker-{settings.index}", style=settings.log_format)
         self._slot = self._counters.slot(settings.index)
         self._reader = Reader(settings.state_dir)
         self._states = States.open(settings.run_dir)
         self._claimant = Claimant(settings.run_dir, self._reader.session)
         self._nftables = Nftables()
         self._faults: set[str] = set()
-        self._until_logged = settings.access_log
+        self._record = Record(self._counters, settings.index, self._reader, self._log)
+        self._gauged = 0.0
         self._rulings: list[Ruling] = []
         self._tasks: list[Callable[[], None]] = []
         self._late = Late(self._settle, self._give, self._slot, self._nftables)
@@ -105,7 +107,7 @@ class Worker:
 
     def _refresh(self) -> None:
         """Take up what the main process published, and forget what the kernel's maps were known to hold."""
-        generation = self._counters.generation
+        generation = self._shared[GENERATION_WORD]
         # Until this is done every packet tries again: the old plan's probes, looked up among the new plan's routes,
         # could lead to a wrong daemon.
         self._generation = -1
@@ -116,6 +118,7 @@ class Worker:
         self._engine = Engine(plan, self._reader.route, self._reader.session, state=self._states.get)
         self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
         self._datagram.refresh(self._engine, plan.pending)
+        self._record.refresh(self._engine)
         self._loaded: set[int] = set()
         self._answering: set[tuple[int, int]] = set()
         self._generation = generation
@@ -136,10 +139,11 @@ class Worker:
             self._watch_the_time()
 
     def _on_packet(self, queued: QueuedPacket) -> None:
+        self._record.begin()
         try:
             verdict = self._judge(queued)
         except Exception as error:  # whatever it was: this packet is lost, the next one is not
-            self._on_fault(error)
+            self._on_fault(error, queued.get_payload())
             self._late.after.clear()
             verdict = DROP
         id_, payload = verdict
@@ -185,26 +189,32 @@ class Worker:
 
     def _watch_the_time(self) -> None:
         """See to those whose time is over, and to it that the time of others is noticed."""
+        now = time.monotonic()
+        self._record.begin()
         try:
-            now = time.monotonic()
             self._late.expire(now)
             self._datagram.expire(now)
         except Exception as error:
             self._on_fault(error)
         self._carry_out(self._late.after)
-        if self._waiting != bool(self._late or self._datagram):
-            self._waiting = not self._waiting
+        self._record.settle_up(now)
+        was_waiting, self._waiting = self._waiting, bool(self._late or self._datagram or self._record.owes)
+        if self._waiting != was_waiting:
             self._queue.wait_at_most(TICK_SECONDS if self._waiting else 0)
+        if self._waiting != was_waiting or (self._waiting and now - self._gauged > _GAUGE_SECONDS):
+            self._gauged = now
+            held = self._late.held_bytes + self._datagram.held_bytes
+            self._record.pending(self._late.undecided, self._datagram.undecided, held)
 
     def _judge(self, queued: QueuedPacket) -> Verdict:
         """What becomes of a packet."""
-        if self._reader.advance() or self._counters.generation != self._generation:
+        if self._reader.advance() or self._shared[GENERATION_WORD] != self._generation:
             self._give()
             self._refresh()
         raw = queued.get_payload()
         packet = wire.parse(raw)
         if packet is None:
-            self._slot[Reason.NOT_READABLE] += 1
+            self._record.not_readable(raw)
             return DROP
         if packet.protocol == UDP:
             return self._datagram.judge(packet, raw)
@@ -234,14 +244,7 @@ class Worker:
                 decision = self._load(decision)
             if packet.protocol == UDP and (decision.target_id, packet.dport) not in self._answering:
                 decision = self._load_datagram(decision, packet.dport)
-        self._slot[decision.reason] += 1
-        if decision.malformed:
-            self._slot[Extra.MALFORMED_EXTENSION] += 1
-        if self._until_logged:
-            self._until_logged -= 1
-            if not self._until_logged:
-                self._until_logged = self._settings.access_log
-                self._log_decision(packet, decision)
+        self._record.decision(packet, decision)
         return decision
 
     def _load(self, decision: Decision) -> Decision:
@@ -275,32 +278,14 @@ class Worker:
         self._answering.add((decision.target_id, dport))
         return decision
 
-    def _on_fault(self, error: Exception) -> None:
-        self._slot[Reason.FAULT] += 1
+    def _on_fault(self, error: Exception, raw: bytes | None = None) -> None:
+        self._record.fault(raw)
         self._log_once("".join(traceback.format_exception(error)))
 
     def _log_once(self, text: str) -> None:
         if text not in self._faults and len(self._faults) < _MAX_FAULTS_LOGGED:
             self._faults.add(text)
             self._log.error("packet dropped", why=text)
-
-    def _log_decision(self, packet: wire.Packet, decision: Decision) -> None:
-        target = self._reader.target(decision.target_id) if decision.target_id else None
-        self._log.info(
-            "decision",
-            service=decision.service,
-            client=_address(packet.src, packet.sport),
-            endpoint=_address(packet.dst, packet.dport),
-            outcome=decision.outcome.value,
-            reason=decision.reason.name.lower(),
-            target=str(target) if target else None,
-            keys=decision.keys,
-        )
-
-
-def _address(packed: bytes, port: int) -> str:
-    host = ipaddress.ip_address(packed)
-    return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
 
 
 def _die_with(main_pid: int) -> None:
@@ -318,7 +303,8 @@ def main() -> None:
     try:
         worker = Worker(settings)
     except SteerdError as error:
-        logs.configure(process=f"worker-{settings.index}").error("worker cannot start", why=str(error))
+        log = logs.configure(process=f"worker-{settings.index}", style=settings.log_format)
+        log.error("worker cannot start", why=str(error))
         sys.exit(1)
     os.write(sys.stdout.fileno(), READY)
     worker.run()

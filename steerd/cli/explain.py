@@ -27,7 +27,6 @@ import typer
 from steerd import config as configuration
 from steerd.config import Config
 from steerd.control.registry import Reader, Registry
-from steerd.control.routes import origin_of
 from steerd.control.states import States
 from steerd.core.engine import no_state
 from steerd.core.explain import Explainer, Explanation, Known, condition_shown, route_shown
@@ -186,22 +185,22 @@ def known(config: Config, *, from_registry: bool) -> Iterator[tuple[Known, str]]
             )
         where = reader
 
-        def origin(service: str, key: bytes, value: bytes) -> str:
-            name = origin_of(service, key, value)
-            if name != "lease":
-                return name
-            ids = (int.from_bytes(value[:4], "big"), int.from_bytes(value[4:8], "big"))
-            targets = [target for id_ in ids if id_ and (target := where.target(id_)) is not None]
-            leases = [lease for target in targets if (lease := where.lease_of(target.address.packed)) is not None]
-            return f"lease {leases[0]}" if leases else name
-
         def is_alias(address: bytes) -> bool:
             prefixes = (prefix for pool in config.pools.values() for prefix in pool.prefixes)
             return any(ipaddress.ip_address(address) in prefix for prefix in prefixes)
 
         try:
             yield (
-                Known(plan, where.route, where.session, where.target, where.routes_of, origin, is_alias, state),
+                Known(
+                    plan,
+                    where.route,
+                    where.session,
+                    where.target,
+                    where.routes_of,
+                    where.name_of_route,
+                    is_alias,
+                    state,
+                ),
                 note,
             )
         finally:

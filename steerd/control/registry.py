@@ -23,7 +23,7 @@ import msgspec
 from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import sessions as session_table
 from steerd.control.leases import Effects, LeaseTable, NoEffects
-from steerd.control.routes import RouteTable, stored_route
+from steerd.control.routes import RouteTable, origin_of, stored_route
 from steerd.control.sessions import SessionTable
 from steerd.control.store import IdGiver, Store, open_to_read, plan_of, target_of
 from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan
@@ -223,6 +223,16 @@ class Reader:
                 if route is not None:
                     yield route
                 there = cursor.next()
+
+    def name_of_route(self, service: str, key: bytes, value: bytes) -> str:
+        """Where a route of the table comes from: `services.web.routes[3]`, `dynamic`, or `lease NAME`."""
+        name = origin_of(service, key, value)
+        if name != "lease":
+            return name
+        ids = (int.from_bytes(value[:4], "big"), int.from_bytes(value[4:8], "big"))
+        targets = [target for id_ in ids if id_ and (target := self.target(id_)) is not None]
+        leases = [lease for target in targets if (lease := self.lease_of(target.address.packed)) is not None]
+        return f"lease {leases[0]}" if leases else name
 
     def lease_of(self, address: bytes) -> str | None:
         """The name of the lease that has an address (packed), as it is now."""

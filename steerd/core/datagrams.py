@@ -86,6 +86,11 @@ class Datagrams(Generic[D]):
         """How many flows are undecided."""
         return len(self._flows)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all held packets. Walks over all undecided flows."""
+        return sum(len(packet) for held in self._flows.values() for packet in held.packets)
+
     def datagram(self, packet: Packet, raw: bytes, now: float, *, cut: bool) -> Decide[D] | Hold | GiveUp | Drop:
         """What is to be done about one queued datagram; `raw` is its IP packet. `cut`: the copy ends before it does."""
         flow = packet.flow

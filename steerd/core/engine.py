@@ -35,7 +35,7 @@ from typing import Literal, NamedTuple, TypeVar
 import msgspec
 
 from steerd.core.pending import Limits, Patience
-from steerd.core.router import Probe, lookup
+from steerd.core.router import Probe, lookup, matches
 from steerd.core.sessions import Claim, Session, SessionsPlan, judge
 from steerd.model import DRAINED, UDP, Answer, Extension, Keys, Outcome, Reason
 from steerd.wire import portext, proxy, quic, quic_lb
@@ -44,6 +44,9 @@ from steerd.wire.registry import DATAGRAMS, REGISTRY, Inspect, InspectDatagrams
 
 NO_TARGET = 0
 NOT_EXTENDED = Extension(0, 0)
+
+# Reasons of what a route led to; all but the first also of what something else led to.
+_BY_ROUTE = (Reason.ROUTE, Reason.NO_FAMILY, Reason.DRAINED, Reason.DEAD)
 
 Watch = Callable[[str, Keys | Answer], None]
 """Is told what each parser that is asked answers, by name."""
@@ -309,6 +312,23 @@ class Engine:
         if packet.protocol == UDP and decision.outcome in (Outcome.RESET, Outcome.ALERT):
             return decision._replace(outcome=Outcome.DROP)
         return decision
+
+    def route_of(self, packet: Packet, decision: Decision) -> tuple[bytes, bytes] | None:
+        """Which route led to a decision that was made a moment ago on this packet: its key in the table, and what the
+        table holds for it. None: no route did. For logs."""
+        service = self._service_at(packet)
+        if (
+            service is None
+            or decision.reason not in _BY_ROUTE
+            or (decision.reason is not Reason.ROUTE and not decision.keys)
+        ):
+            return None
+        plan, keys, source = service.plan, decision.keys, packet.src
+        if service.trusted is not None and "proxy.source" in keys:
+            source = ipaddress.ip_address(keys["proxy.source"]).packed
+        if plan.sessions is not None and judge(plan.sessions, plan.name, keys, source, packet.version, self._find):
+            return None
+        return next(((key, value) for _, key, value in matches(plan.probes, keys, source, self._get)), None)
 
     def plan_at(self, packet: Packet) -> ServicePlan | None:
         """The service that a packet is for; None if it was not sent to an endpoint."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from steerd import config
-from steerd.config import ExtensionPool, Limits, Pending, Timeouts, Unextended
+from steerd.config import ExtensionPool, Limits, Listen, Log, Metrics, Pending, Timeouts, Unextended
 from steerd.core.marks import MarkLayout
 from steerd.core.pools import Pool
 from steerd.core.router import MAX_PROBES
@@ -36,6 +36,11 @@ stranger_rate = 3
 stranger_burst = 4
 total_rate = 5
 total_burst = 6
+[gateway.log]
+format = "json"
+level = "warning"
+[gateway.metrics]
+listen = "[::1]:9464"
 [gateway.timeouts]
 syn_sent = 1
 syn_recv = 2
@@ -121,6 +126,8 @@ def test_a_full_configuration_becomes_values() -> None:
         pending=Pending(40000, 7, 8),
         port_extension=Numbers(0x9F, 0x3E, 254, 1),
         api=config.Api("monitoring"),
+        log=Log("json", "warning"),
+        metrics=Metrics(Listen("::1", 9464, "")),
     )
     tenants = Pool(
         "tenants", (ipaddress.ip_network("10.64.0.0/15"), ipaddress.ip_network("fd00:64::/111")), "anyip", 70000
@@ -200,6 +207,12 @@ def test_everything_about_the_gateway_has_a_default() -> None:
     assert gateway.limits == Limits(1000, 2000, 2000, 4000, 50000, 50000)
     assert gateway.timeouts == Timeouts(5, 5, 10, 2)
     assert gateway.port_extension == Numbers(0x9E, 0x1E, 253, 0x5354)
+    assert (gateway.log, gateway.metrics) == (Log("auto", "info"), Metrics(None))
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:9464", "[::1]:9464", "unix:/run/steerd/metrics.sock"])
+def test_where_metrics_are_served(text: str) -> None:
+    assert str(config.parse(f'[gateway.metrics]\nlisten = "{text}"', "f.toml").gateway.metrics.listen) == text
 
 
 LATE_SERVICE = """
@@ -593,7 +606,7 @@ MISTAKES: list[tuple[str, str]] = [
         gateway('"odd\\nkey" = 1'),
         'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, '
         "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension,"
-        " api.",
+        " api, log, metrics.",
     ),
     (
         gateway("workers = 0"),
@@ -666,6 +679,35 @@ MISTAKES: list[tuple[str, str]] = [
     (
         gateway("access_log = -1"),
         "gateway.access_log: Must be a whole number from 0 to 4294967295, not -1.",
+    ),
+    (
+        gateway('log.format = "xml"'),
+        'gateway.log.format: Must be "auto" or "json" or "console", not "xml".',
+    ),
+    (
+        gateway('log.level = "INFO"'),
+        'gateway.log.level: Must be "debug" or "info" or "warning" or "error", not "INFO".',
+    ),
+    (
+        gateway('metrics.listen = "9464"'),
+        'gateway.metrics.listen: Where to listen is written "127.0.0.1:9464", "[::1]:9464" or'
+        ' "unix:/run/steerd/metrics.sock"; "9464" is neither.',
+    ),
+    (
+        gateway('metrics.listen = "localhost:9464"'),
+        'gateway.metrics.listen: "localhost" is not an IP address; names are not looked up.',
+    ),
+    (
+        gateway('metrics.listen = "127.0.0.1:0"'),
+        'gateway.metrics.listen: "0" is not a port; ports are 1 to 65535.',
+    ),
+    (
+        gateway('metrics.listen = "unix:metrics.sock"'),
+        'gateway.metrics.listen: Must be an absolute path, not "metrics.sock".',
+    ),
+    (
+        gateway(f'metrics.listen = "unix:/{"x" * 107}"'),
+        "gateway.metrics.listen: The path of a unix socket has at most 107 bytes.",
     ),
     (
         gateway("limits.source_rate = 0"),
@@ -1235,7 +1277,7 @@ when = { "http.host" = "b.example" }
             "gateway.workers: Must be a whole number from 1 to 64, not 0.",
             "gateway.colour: Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, "
             "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension,"
-            " api.",
+            " api, log, metrics.",
             'services.web.routes[1].target: Is missing; it must be a target such as "10.64.0.1:8080".',
             "gateway.mark_bits: Has 13 bits; steerd needs at least 20.",
             'pools.t.prefixes[1]: "10.65.0.1/16" has bits set behind the prefix length; "10.65.0.0/16" would be right.',

@@ -9,7 +9,19 @@ import pytest
 
 from steerd.errors import SteerdError
 from steerd.model import Reason
-from steerd.telemetry.counters import Counters, Extra
+from steerd.telemetry.counters import (
+    BOUNDS,
+    KEEP_SECONDS,
+    LOG_WORD,
+    MAX_SERIES,
+    OTHER,
+    Counters,
+    Extra,
+    Gauge,
+    LogSwitch,
+    Meter,
+    log_switch,
+)
 
 
 def test_what_a_worker_counts_is_seen_by_all_at_once(tmp_path: Path) -> None:
@@ -30,7 +42,7 @@ def test_what_a_worker_counts_is_seen_by_all_at_once(tmp_path: Path) -> None:
 
 def test_no_two_counters_share_a_word(tmp_path: Path) -> None:
     counters = Counters.create(tmp_path / "counters", 2)
-    words = [*Reason, *Extra]
+    words = [*Reason, *Extra, *Gauge]
     for worker in range(2):
         for value, word in enumerate(words, 1):
             counters.slot(worker)[word] = value + 100 * worker
@@ -94,3 +106,88 @@ def test_who_only_looks_changes_nothing(tmp_path: Path) -> None:
         looking.slot(0)[Reason.ROUTE] = 1
     with pytest.raises(TypeError):
         looking.next_generation()
+
+
+# ---- series ----
+
+
+def counted(counters: Counters) -> dict[tuple[str, str], int]:
+    """How many decisions each series has."""
+    return {(each.service, each.parser): sum(each.reasons) for each in counters.series()}
+
+
+def test_decisions_are_counted_by_service_parser_and_reason_and_timed(tmp_path: Path) -> None:
+    counters = Counters.create(tmp_path / "counters", 2)
+    counters.name_series([("web", ["tls", "http"]), ("mail", [])])
+    for worker, meter in enumerate((Meter(counters, 0), Meter(counters, 1))):
+        meter.count("web", "tls", Reason.ROUTE, 5_000)
+        meter.count("web", "tls", Reason.UNMATCHED, 5_001)
+        meter.count("web", "", Reason.TOO_SLOW, 100_000_001 + worker)
+        meter.count("", "", Reason.NOT_READABLE, 0)
+    found = {(each.service, each.parser): each for each in Counters.open(tmp_path / "counters").series()}
+    assert found.keys() == {
+        (OTHER, ""), ("", ""), ("web", ""), ("web", "tls"), ("web", "http"), ("mail", ""),
+    }  # fmt: skip
+    tls = found["web", "tls"]
+    assert (tls.reasons[Reason.ROUTE], tls.reasons[Reason.UNMATCHED], sum(tls.reasons)) == (2, 2, 4)
+    assert (tls.times, tls.nanoseconds) == ([2, 2] + [0] * (len(BOUNDS) - 1), 2 * 10_001)
+    slow = found["web", ""]
+    assert (slow.reasons[Reason.TOO_SLOW], slow.times[-1], slow.nanoseconds) == (2, 2, 200_000_003)
+    assert found["", ""].reasons[Reason.NOT_READABLE] == 2
+    assert counters.total(Reason.ROUTE) == 2
+
+
+def test_a_service_keeps_its_counts_over_reloads_and_restarts(tmp_path: Path) -> None:
+    counters = Counters.create(tmp_path / "counters", 1)
+    counters.name_series([("a", ["tls"]), ("b", ["tls"])], now=1000)
+    meter = Meter(counters, 0)
+    meter.count("a", "tls", Reason.ROUTE, 1)
+    meter.count("b", "tls", Reason.ROUTE, 1)
+    counters.name_series([("c", ["dns"]), ("b", ["http", "tls"])], now=2000)  # a has gone
+    meter.refresh()
+    meter.count("b", "tls", Reason.ROUTE, 1)
+    counters = Counters.create(tmp_path / "counters", 1)
+    counters.name_series([("b", ["tls"]), ("a", ["tls"])], now=2000 + KEEP_SECONDS - 1)  # it is back in time
+    assert counted(counters) == {
+        (OTHER, ""): 0, ("", ""): 0, ("a", ""): 0, ("a", "tls"): 1, ("b", ""): 0, ("b", "tls"): 2, ("b", "http"): 0,
+        ("c", ""): 0, ("c", "dns"): 0,
+    }  # fmt: skip
+
+
+def test_a_place_is_given_away_an_hour_after_its_service_went_and_begins_at_zero(tmp_path: Path) -> None:
+    counters = Counters.create(tmp_path / "counters", 2)
+    counters.name_series([("a", [])], now=1000)
+    block = counters.blocks()["a", ""]
+    for worker in range(2):
+        Meter(counters, worker).count("a", "", Reason.ROUTE, 1)
+    counters.name_series([], now=2000)
+    assert counted(counters)["a", ""] == 2
+    counters.name_series([("b", [])], now=2000 + KEEP_SECONDS)
+    assert counters.blocks()["b", ""] == block
+    assert counted(counters) == {(OTHER, ""): 0, ("", ""): 0, ("b", ""): 0}
+
+
+def test_where_there_is_no_place_left_a_service_counts_as_another_and_no_place_is_taken_away(tmp_path: Path) -> None:
+    counters = Counters.create(tmp_path / "counters", 1)
+    many = [(f"{number:03}{'x' * 61}", ["port-extension"]) for number in range(MAX_SERIES)]
+    counters.name_series(many, now=1000)
+    served = (MAX_SERIES - 2) // 2
+    meter = Meter(counters, 0)
+    for service, _ in many:
+        meter.count(service, "port-extension", Reason.ROUTE, 1)
+    counts = counted(counters)
+    assert len(counts) == MAX_SERIES
+    assert counts[OTHER, ""] == MAX_SERIES - served
+    assert all(counts[service, "port-extension"] == 1 for service, _ in many[:served])
+    counters.name_series([("new", [])], now=1001)
+    assert counted(counters) == counts
+    counters.name_series([("new", [])], now=1001 + KEEP_SECONDS)
+    assert counted(counters) == {(OTHER, ""): counts[OTHER, ""], ("", ""): 0, ("new", ""): 0}
+
+
+def test_the_log_switch_is_seen_at_once(tmp_path: Path) -> None:
+    counters = Counters.create(tmp_path / "counters", 1)
+    worker = Counters.open(tmp_path / "counters", write=True)
+    for switch in (LogSwitch(10, 0), LogSwitch(40, 1), LogSwitch(20, (1 << 32) - 1)):
+        counters.log = switch
+        assert worker.log == log_switch(worker.header[LOG_WORD]) == switch

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from steerd.control.claims import directory
+from steerd.telemetry.counters import LogSwitch
 from tests.unit.test_worker import CONFIG, Lab, lab, stopped, syn
 
 __all__ = ["lab", "stopped"]  # fixtures
@@ -74,11 +75,11 @@ def test_where_no_claim_can_be_made_the_packet_is_lost(lab: Lab, rule: str) -> N
     directory(str(lab.directory)).rmdir()
     assert lab.outcome(play("d1")) == ("drop", 0)
     assert lab.counted() == {"FAULT": 1}
-    assert "FileNotFoundError" in lab.events()[0]["why"]
+    assert "FileNotFoundError" in lab.faults()[0]["why"]
 
 
 def test_a_refused_client_is_logged_with_its_session(stopped: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped.settings = msgspec.structs.replace(stopped.settings, access_log=1)
+    stopped.counters.log = LogSwitch(logging.INFO, 1)
     stopped.start()
     serve(stopped, "deny")
     monkeypatch.setattr(stopped.worker._claimant, "claim", lambda _: False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import logging
 import os
 import struct
 import subprocess
@@ -31,7 +32,7 @@ from steerd.kernel.nftables import Element
 from steerd.kernel.queue import Ruling
 from steerd.kernel.ruleset import datagram_elements, target_elements
 from steerd.model import DRAINED, Extension, Flow, Reason, Target
-from steerd.telemetry.counters import Counters, Extra
+from steerd.telemetry.counters import Counters, Extra, LogSwitch
 from steerd.wire import portext
 from steerd.worker import Worker, WorkerSettings
 from tests import initials
@@ -165,8 +166,9 @@ class Lab:
         monkeypatch.setattr(late, "Conntrack", StandInConntrack)
         self.bind_errors: list[Exception] = []
         self.settings = WorkerSettings(
-            0, 100, 1000, 100000, str(directory), str(directory), str(directory / "counters"), access_log, os.getpid()
+            0, 100, 1000, 100000, str(directory), str(directory), str(directory / "counters"), "json", os.getpid()
         )
+        self.counters.log = LogSwitch(logging.INFO, access_log)
 
     def _bind(self, number: int, on_packet: Callable[[Packet], None], **options: object) -> object:
         assert (number, options["length"], options["receive_buffer"]) == (100, 1000, 100000)
@@ -185,6 +187,10 @@ class Lab:
     def events(self) -> list[dict[str, Any]]:
         """The worker's log."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def faults(self) -> list[dict[str, Any]]:
+        """What went wrong, without the decisions that failed by it."""
+        return [event for event in self.events() if event["event"] != "decision"]
 
     def publish(self, text: str) -> None:
         """Another plan, from another process: LMDB lets a process open an environment once."""
@@ -333,7 +339,7 @@ def test_a_target_that_the_kernel_refuses_costs_the_packet_and_is_tried_again(la
     for _ in range(3):
         assert lab.outcome(syn(1), THEIRS) == ("drop", THEIRS)
     assert lab.counted() == {"NOT_LOADED": 3}
-    (event,) = lab.events()
+    (event,) = lab.faults()
     assert (event["level"], event["event"], event["process"]) == ("error", "packet dropped", "worker-0")
     assert str(error) in event["why"]
     lab.nftables.error = None
@@ -345,7 +351,7 @@ def test_a_target_that_the_registry_does_not_know_costs_the_packet(lab: Lab, mon
     monkeypatch.setattr(lab.worker._reader, "target", lambda _: None)
     assert lab.outcome(syn(1)) == ("drop", 0)
     assert lab.counted() == {"NOT_LOADED": 1}
-    assert f"target id {REFUSING} is in the plan, but not among the registry's targets" in lab.events()[0]["why"]
+    assert f"target id {REFUSING} is in the plan, but not among the registry's targets" in lab.faults()[0]["why"]
 
 
 # ---- faults ----
@@ -367,7 +373,7 @@ def test_an_exception_costs_one_packet_and_is_logged_once(lab: Lab, monkeypatch:
         assert lab.outcome(syn(1, 443)) == ("accept", MARK.field(REFUSING))
     assert lab.outcome(syn(1, 80)) == ("drop", 0)
     assert lab.counted() == {"FAULT": 4, "ARITHMETIC": 3, "LOADED": 1}
-    first, second = lab.events()
+    first, second = lab.faults()
     assert "RuntimeError: a mistake in a parser" in first["why"]
     assert "test_worker.py" in first["why"], "the traceback says where"
     assert "ZeroDivisionError: another one" in second["why"]
@@ -378,10 +384,12 @@ def test_a_client_that_can_provoke_many_faults_does_not_fill_the_log(lab: Lab, m
         raise ValueError(f"port {packet.dport}")
 
     monkeypatch.setattr(lab.worker._engine, "decide_syn", faulty)
+    monkeypatch.setattr(lab.worker._record._failures, "_rate", 0.0)
     for port in range(1, 501):
         assert lab.outcome(syn(1, port)) == ("drop", 0)
-    assert lab.counted() == {"FAULT": 500}
-    assert len(lab.events()) == 100
+    assert lab.counted() == {"FAULT": 500, "NOT_LOGGED": 480}
+    assert len(lab.faults()) == 100
+    assert len(lab.events()) == 120
 
 
 # ---- a new generation ----
@@ -424,7 +432,7 @@ def test_a_plan_that_cannot_be_read_leaves_no_decision_to_the_old_one(
     monkeypatch.setattr(lab.worker._reader, "refresh", refresh)
     assert lab.outcome(syn(1)) == ("accept", MARK.field(REFUSING))
     assert lab.counted() == {"ARITHMETIC": 2, "LOADED": 2, "FAULT": 3}
-    assert len(lab.events()) == 1
+    assert len(lab.faults()) == 1
 
 
 def test_a_plan_that_cannot_be_carried_out_leaves_no_decision_to_the_old_one(
