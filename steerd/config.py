@@ -35,6 +35,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from steerd import paths
+from steerd.core.choice import MAX_MEMBERS, SOURCE
 from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
 from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
@@ -45,12 +46,14 @@ from steerd.model import (
     PROTOCOL_NUMBERS,
     TCP,
     UDP,
+    Choice,
     Condition,
     Endpoint,
     IPAddress,
     IPNetwork,
     Match,
     Outcome,
+    Policy,
     Route,
     Target,
 )
@@ -220,7 +223,9 @@ class Service(Struct, frozen=True):
     endpoints: tuple[Endpoint, ...]
     inspect: tuple[str, ...]
     default: tuple[Target, ...]
-    """At most one of each address family; empty: none."""
+    """At most one of each address family, or several with a `choice`; empty: none."""
+    choice: Choice | None
+    """Among the targets of `default`, and of `on_silence`."""
     unmatched: Outcome
     """RESET, DROP or ALERT."""
     unextended: Unextended
@@ -229,7 +234,7 @@ class Service(Struct, frozen=True):
     first_payload_timeout: float
     """Seconds."""
     on_silence: tuple[Target, ...]
-    """At most one of each address family; empty: who says nothing is of no interest."""
+    """As `default`; empty: who says nothing is of no interest."""
     idle_timeout: int
     """Seconds for which a flow of datagrams that was answered may be idle."""
     rebinding: bool
@@ -278,19 +283,15 @@ class Config(Struct, frozen=True):
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Read and check a configuration file; raises ConfigError with every mistake in it, or why it cannot be read."""
-    return parse(read(path), os.fspath(path))
-
-
-def read(path: str | os.PathLike[str]) -> str:
-    """What a configuration file says, unchecked; raises ConfigError if it cannot be read."""
     file = os.fspath(path)
     try:
-        return Path(file).read_bytes().decode("utf-8")
+        text = Path(file).read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(file, [Problem("file", f"Cannot be read: {error.strerror}.")]) from error
     except UnicodeDecodeError as error:
         message = f"Is not text in UTF-8: the byte at offset {error.start} does not belong there."
         raise ConfigError(file, [Problem("file", message)]) from error
+    return parse(text, file)
 
 
 def parse(text: str, file: str) -> Config:
@@ -353,17 +354,29 @@ class RouteChecker:
         self._conditions = _Conditions(service.inspect, self._reader)
         self._versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
 
-    def check(self, when: Mapping[str, object], target: object, source: str | None) -> Route:
-        """The route, without a name. Raises ConfigError, with the keys `when.KEY`, `target` and `source`."""
+    def check(
+        self,
+        when: Mapping[str, object],
+        target: object,
+        source: str | None,
+        choose: str | None = None,
+        hash_: str | None = None,
+    ) -> Route:
+        """The route, without a name. Raises ConfigError, with the keys `when.KEY`, `target`, `source`, `choose` and
+        `hash`."""
         route = self.check_match(when, source)
         reader = self._reader
         self._scene.wildcard.clear()
         coming = _coming(route.source, self._versions, self._conditions)
-        targets = _targets(target, "target", coming, self._scene)
+        policy = next((each for each in get_args(Policy) if each == choose), None)
+        if choose is not None and policy is None:
+            reader.problem("choose", f"Must be {_described(Policy)}, not {_shown(choose)}.")
+        choice = _choice(policy, hash_, "", self._conditions, reader)
+        targets = _targets(target, "target", coming, self._scene, choice, "choose")
         if self._scene.wildcard:
             reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
         self._give_up()
-        return route._replace(targets=targets)
+        return route._replace(targets=targets, choice=choice)
 
     def check_match(self, when: Mapping[str, object], source: str | None) -> Route:
         """What a route matches, without targets. Raises ConfigError as `check` does."""
@@ -438,6 +451,8 @@ class _RawRoute(Struct):
     target: Any
     when: dict[str, Any] = {}
     source: str | None = None
+    choose: Policy | None = None
+    hash: str | None = None
 
 
 class _RawSession(Struct):
@@ -468,6 +483,8 @@ class _RawService(Struct):
     endpoints: list[str]
     inspect: list[str] = []
     default: Any = None
+    choose: Policy | None = None
+    hash: str | None = None
     unmatched: Literal["reset", "drop", "tls-alert"] = "reset"
     unextended: Literal["inspect", "pass", "default", "unmatched"] | None = None
     first_payload_timeout: Annotated[float, Meta(ge=0.01, le=600)] | None = None
@@ -1127,12 +1144,13 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     unextended = _unextended(raw, inspect, endpoints, path, reader)
     # Where an endpoint is wrong, nothing can be said about the families of them all.
     versions: set[int] = {4, 6} if reader.is_bad(f"{path}.endpoints") else {e.address.version for e in endpoints}
+    choice = _service_choice(raw, path, inspect, reader)
     default: tuple[Target, ...] = ()
     if raw.default is not None:
-        default = _targets(raw.default, f"{path}.default", versions, scene)
+        default = _targets(raw.default, f"{path}.default", versions, scene, choice, f"{path}.choose")
     on_silence: tuple[Target, ...] = ()
     if raw.on_silence is not None:
-        on_silence = _targets(raw.on_silence, f"{path}.on_silence", versions, scene)
+        on_silence = _targets(raw.on_silence, f"{path}.on_silence", versions, scene, choice, f"{path}.choose")
     if not (reader.is_bad(f"{path}.endpoints") or reader.is_bad(f"{path}.inspect")):
         _check_transports(raw, inspect, endpoints, path, reader)
     if unextended is not Unextended.INSPECT and not reader.is_bad(f"{path}.inspect"):
@@ -1158,6 +1176,7 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         endpoints=endpoints,
         inspect=inspect,
         default=default,
+        choice=choice,
         unmatched=Outcome(raw.unmatched),
         unextended=unextended,
         first_payload_timeout=10.0 if raw.first_payload_timeout is None else raw.first_payload_timeout,
@@ -1170,6 +1189,16 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
         trusted_proxies=_trusted_proxies(raw, inspect, path, reader),
         routes=routes,
     )
+
+
+def _service_choice(raw: _RawService, path: str, inspect: tuple[str, ...], reader: _Reader) -> Choice | None:
+    key = f"{path}.choose"
+    if raw.choose is not None and raw.default is None and raw.on_silence is None and not reader.is_bad(key):
+        reader.problem(
+            key, "Is how a target of default or on_silence is chosen, and there is neither; routes say theirs."
+        )
+    conditions = None if reader.is_bad(f"{path}.inspect") else _Conditions(inspect, reader)
+    return _choice(raw.choose, raw.hash, f"{path}.", conditions, reader)
 
 
 def _check_nothing_inspected(raw: _RawService, path: str, reader: _Reader) -> None:
@@ -1392,24 +1421,67 @@ def _check_families(found: Iterable[int], wanted: set[int], path: str, reader: _
         reader.problem(path, f"Has addresses of IPv{found[0]} only, but what comes here is {families}.")
 
 
-def _targets(value: object, path: str, versions: set[int], scene: _Scene) -> tuple[Target, ...]:
-    """Targets from one text, one table, or a list of them; `versions`: families of connections that may come."""
+def _choice(
+    choose: Policy | None, hash_: str | None, beginning: str, conditions: _Conditions | None, reader: _Reader
+) -> Choice | None:
+    """`beginning`: of the keys `choose` and `hash`. `conditions` None: nothing can be said about keys."""
+    where = f"{beginning}hash"
+    if hash_ is not None and choose != "hash":
+        if not reader.is_bad(f"{beginning}choose"):
+            reader.problem(where, 'Means nothing unless choose = "hash".')
+        return None
+    if choose is None:
+        return None
+    key = SOURCE if hash_ is None or reader.is_bad(where) else _normal_key(hash_)
+    if key != SOURCE and conditions is not None:
+        try:
+            conditions.parser_of(key)
+        except ValueError as error:
+            reader.problem(where, str(error))
+    return Choice(choose, key)
+
+
+def _targets(
+    value: object,
+    path: str,
+    versions: set[int],
+    scene: _Scene,
+    choice: Choice | None = None,
+    choose: str | None = None,
+) -> tuple[Target, ...]:
+    """Targets from one text, one table, or a list of them; `versions`: families of connections that may come. `choose`:
+    the key that would say how one of several is chosen, if there is one."""
     reader = scene.reader
     if value == []:
         reader.problem(path, 'Names no target; one would be "10.64.0.1:8080".')
     items = [(f"{path}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else [(path, value)]
-    found: dict[int, Target] = {}
+    found: dict[Target, None] = {}
+    counts = {4: 0, 6: 0}
     for key, item in items:
         target = _target(key, item, scene)
         if target is None:
             continue
         version = target.address.version
-        if version in found:
+        counts[version] += 1
+        if target in found:
+            reader.problem(key, f"{target} is there twice.")
+        elif counts[version] == 2 and choice is None and choose is None:
             reader.problem(key, f"Is a second IPv{version} target; at most one of each family is possible.")
-        found[version] = target
+        elif counts[version] == 2 and choice is None and not reader.is_bad(choose or ""):
+            reader.problem(
+                key, f"Is a second IPv{version} target; {choose} must say how one is chosen: {_described(Policy)}."
+            )
+        elif counts[version] == MAX_MEMBERS + 1:
+            reader.problem(key, f"Is IPv{version} target number {counts[version]}; at most {MAX_MEMBERS} are possible.")
+        found[target] = None
+    for target in found:
+        if counts[target.address.version] > 1 and not target.port and not reader.is_bad(path):
+            reader.problem(
+                path, f"{target} keeps the client's port; each of several needs its own, to tell whether it listens."
+            )
     if not reader.is_bad(path):
-        _check_families(found, versions, path, reader)
-    return tuple(found.values())
+        _check_families((each.address.version for each in found), versions, path, reader)
+    return tuple(found)
 
 
 def _target(key: str, item: object, scene: _Scene) -> Target | None:
@@ -1528,8 +1600,11 @@ def _route(raw: _RawRoute, key: str, conditions: _Conditions | None, versions: s
     coming = _coming(source, versions, conditions)
     if source is not None and not coming:
         _check_families((source.version,), versions, source_key, reader)
-    targets = _targets(raw.target, f"{beginning}target", coming, scene) if raw.target is not None else ()
-    return None if reader.is_bad(key) else Route(key, found, source, targets)
+    choice = _choice(raw.choose, raw.hash, beginning, conditions, reader)
+    targets: tuple[Target, ...] = ()
+    if raw.target is not None:
+        targets = _targets(raw.target, f"{beginning}target", coming, scene, choice, f"{beginning}choose")
+    return None if reader.is_bad(key) else Route(key, found, source, targets, choice)
 
 
 def _coming(source: IPNetwork | None, versions: set[int], conditions: _Conditions | None) -> set[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -96,14 +96,27 @@ class Condition(NamedTuple):
     value: str
 
 
+Policy = Literal["first-alive", "round-robin", "hash"]
+
+
+class Choice(NamedTuple):
+    """How one of several targets of an address family is chosen (core.choice)."""
+
+    policy: Policy
+    key: str = "source"
+    """For "hash": the key whose value is hashed, or "source", the client's address."""
+
+
 class Route(NamedTuple):
-    """Conditions that must all hold, perhaps a source prefix, and at most one target of each address family."""
+    """Conditions that must all hold, perhaps a source prefix, and at most one target of each address family, or several
+    with a choice."""
 
     name: str
     """Where it was written, for people: `services.web.routes[3]`."""
     conditions: tuple[Condition, ...]
     source: IPNetwork | None
     targets: tuple[Target, ...]
+    choice: Choice | None = None
 
 
 class Reason(enum.IntEnum):
@@ -160,9 +173,9 @@ class Reason(enum.IntEnum):
     UNKNOWN_CONNECTION = 22
     """A QUIC packet from the middle of a connection that nothing here knows: no flow, no server id, none learnt."""
     DRAINED = 23
-    """What matched leads to a drained target, or to several that are all drained, or drained and dead."""
+    """What matched leads to a drained target, or to several that are all drained."""
     DEAD = 24
-    """What matched leads to several targets, and nothing listens on any of them."""
+    """What matched leads to several targets, and nothing listens on any of them that is not drained."""
 
 
 DRAINED = 1

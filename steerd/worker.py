@@ -21,6 +21,7 @@ import msgspec
 from steerd.control.claims import Claimant
 from steerd.control.registry import Reader
 from steerd.control.states import States
+from steerd.core.choice import Chooser
 from steerd.core.engine import Decision, Engine
 from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
 from steerd.datagram import Datagram
@@ -75,6 +76,7 @@ class Worker:
         self._slot = self._counters.slot(settings.index)
         self._reader = Reader(settings.state_dir)
         self._states = States.open(settings.run_dir)
+        self._chooser = Chooser(self._reader.group, self._states.get)
         self._claimant = Claimant(settings.run_dir, self._reader.session)
         self._nftables = Nftables()
         self._faults: set[str] = set()
@@ -115,7 +117,9 @@ class Worker:
         self._mark = MarkLayout(plan.mark_low, plan.mark_high)
         # The registry gives no id that does not fit, so the hot path need not ask `field` again.
         self._clear, self._shift = ~self._mark.mask & 0xFFFFFFFF, self._mark.shift
-        self._engine = Engine(plan, self._reader.route, self._reader.session, state=self._states.get)
+        self._engine = Engine(
+            plan, self._reader.route, self._reader.session, state=self._states.get, chooser=self._chooser
+        )
         self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
         self._datagram.refresh(self._engine, plan.pending)
         self._record.refresh(self._engine)

@@ -200,6 +200,7 @@ def known(config: Config, *, from_registry: bool) -> Iterator[tuple[Known, str]]
                     where.name_of_route,
                     is_alias,
                     state,
+                    where.group,
                 ),
                 note,
             )

@@ -14,7 +14,7 @@ once. If that transaction shows another plan, it is taken up first: plan and rou
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import lmdb
@@ -24,14 +24,15 @@ from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import sessions as session_table
 from steerd.control.leases import Effects, LeaseTable, NoEffects
 from steerd.control.routes import RouteTable, origin_of, stored_route
-from steerd.control.sessions import SessionTable
-from steerd.control.store import IdGiver, Store, open_to_read, plan_of, target_of
-from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan
+from steerd.control.sessions import Places, SessionTable
+from steerd.control.store import IdGiver, Store, group_of, open_to_read, plan_of, target_of
+from steerd.core.choice import GROUP, Group
+from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds
 from steerd.core.pending import Limits
 from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
 from steerd.errors import RegistryError
-from steerd.model import Reason, Route, Target
+from steerd.model import IPAddress, Reason, Route, Target
 from steerd.wire.registry import DATAGRAMS, REGISTRY
 
 _UNEXTENDED = {
@@ -53,6 +54,7 @@ class Registry:
         self.routes = RouteTable(self._store)
         self.leases = LeaseTable(self._store, self.routes, effects or NoEffects())
         self.sessions = SessionTable(self._store)
+        self._groups_seen: tuple[int, list[Group]] = (-1, [])
 
     def close(self) -> None:
         self._store.close()
@@ -75,6 +77,19 @@ class Registry:
     def reader(self) -> Reader:
         """What a worker sees, for this process."""
         return Reader("", self._store.env)
+
+    def groups_in_use(self) -> list[Group]:
+        """What routes, defaults and the like lead to now, the configuration's and dynamic ones."""
+        with self.reading() as txn:
+            if txn.id() != self._groups_seen[0]:
+                found = self.routes.groups_in_use(txn)
+                plan = self._store.plan(txn)
+                for service in () if plan is None else plan.services:
+                    for ids in (service.default, service.on_silence or TargetIds()):
+                        found |= {id_ for id_ in (ids.ipv4, ids.ipv6) if id_ >= GROUP}
+                groups = [group for id_ in sorted(found) if (group := self._store.group(txn, id_)) is not None]
+                self._groups_seen = txn.id(), groups
+            return self._groups_seen[1]
 
     def forget_dead_readers(self) -> int:
         """Free the reader slots of workers that were killed; returns how many."""
@@ -106,6 +121,7 @@ class Registry:
         config: Config,
         probes: dict[str, list[Probe]],
     ) -> Plan:
+        places = Places(config)
         return Plan(
             mark_low=config.gateway.mark.low,
             mark_high=config.gateway.mark.high,
@@ -115,7 +131,10 @@ class Registry:
                 for index, service in enumerate(config.services)
                 for e in service.endpoints
             ],
-            services=[self._service_plan(txn, ids, service, probes[service.name]) for service in config.services],
+            services=[
+                self._service_plan(txn, ids, service, probes[service.name], places.in_pool)
+                for service in config.services
+            ],
             pending=Limits(*msgspec.structs.astuple(config.gateway.pending)),
         )
 
@@ -125,6 +144,7 @@ class Registry:
         ids: IdGiver,
         service: Service,
         probes: list[Probe],
+        in_pool: Callable[[IPAddress], bool],
     ) -> ServicePlan:
         mapping = None
         if (pool := service.extension_pool) is not None:
@@ -142,11 +162,11 @@ class Registry:
             connection_ids=list(service.connection_ids),
             probes=probes,
             mapping=mapping,
-            default=ids.for_targets(service.default),
+            default=ids.for_targets(service.default, service.choice, in_pool),
             unmatched=service.unmatched,
             unextended=_UNEXTENDED[service.unextended],
             first_payload_timeout=service.first_payload_timeout,
-            on_silence=ids.for_targets(service.on_silence) if service.on_silence else None,
+            on_silence=ids.for_targets(service.on_silence, service.choice, in_pool) if service.on_silence else None,
             trusted_proxies=[(p.network_address.packed, p.prefixlen) for p in service.trusted_proxies]
             if PROXY in service.inspect
             else None,
@@ -165,6 +185,7 @@ class Reader:
         try:
             self._env = open_to_read(state_dir) if env is None else env
             self._targets = self._env.open_db(b"targets", create=False)
+            self._groups = self._env.open_db(b"groups", create=False)
             self._routes = self._env.open_db(b"routes", create=False)
             self._dynamic = self._env.open_db(b"dynamic", create=False)
             self._plan = self._env.open_db(b"plan", create=False)
@@ -249,6 +270,11 @@ class Reader:
         """What an id stands for, or None if it was never given."""
         with self._env.begin() as txn:
             return target_of(txn, self._targets, target_id)
+
+    def group(self, group_id: int) -> Group | None:
+        """What the id of a group stands for, or None if it was never given."""
+        with self._env.begin() as txn:
+            return group_of(txn, self._groups, group_id)
 
     def close(self) -> None:
         self.rest()

@@ -3,7 +3,7 @@
   routes   number of the shape u32 | source prefix | values   ->  target ids IPv4 u32, IPv6 u32 | place in `routes` u32
   dynamic  the same with router.DYNAMIC in the number         ->  target ids IPv4 u32, IPv6 u32 | flags u8 | more
   shapes   number u32                                         ->  _ShapeRecord as msgpack
-  uses     address (4 or 16)                                  ->  how many dynamic routes of no lease lead there, u32
+  uses     address (4 or 16), or 0x00 | group id u32          ->  how many dynamic routes of no lease lead there, u32
   leased   address (4 or 16)                                  ->  name of the lease that has it
 
 Workers look in `routes` and `dynamic`, entry by entry, and keep nothing of them; what they keep is the plan, which
@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lmdb
 import msgspec
@@ -41,6 +41,7 @@ import msgspec
 from steerd.config import Config, RouteChecker, Service, condition_text
 from steerd.control.sessions import Places, RequestError
 from steerd.control.store import IdGiver, Store
+from steerd.core.choice import GROUP
 from steerd.core.engine import PayloadParser, TargetIds
 from steerd.core.router import (
     DYNAMIC,
@@ -62,7 +63,7 @@ from steerd.core.router import (
     values_of,
 )
 from steerd.errors import ConfigError, RegistryError
-from steerd.model import Route
+from steerd.model import Choice, Policy, Route, Target
 from steerd.wire.registry import PATTERNED, check_patterns
 
 LEASE, _EXTERNAL4, _EXTERNAL6, _UNUSABLE = 1, 2, 4, 8
@@ -86,6 +87,10 @@ class RouteView(msgspec.Struct, frozen=True):
     """False: the configuration in force has no use for it, or a target is not for use."""
     place: str | None
     """Of a static route: where it is written, `services.web.routes[3]`."""
+    choose: Policy | None = None
+    """How one of several targets of a family is chosen."""
+    hash: str | None = None
+    """For "hash": the key that is hashed, or `source`."""
 
 
 class RouteLine(msgspec.Struct, frozen=True, tag_field="kind", tag="route", omit_defaults=True):
@@ -95,6 +100,8 @@ class RouteLine(msgspec.Struct, frozen=True, tag_field="kind", tag="route", omit
     when: dict[str, str | int]
     target: list[str | ExternalTarget]
     source: str | None = None
+    choose: Policy | None = None
+    hash: str | None = None
 
 
 class ExternalTarget(msgspec.Struct, frozen=True):
@@ -160,19 +167,12 @@ class _Force:
         self.config = config
         self.places = Places(config)
         self.services = {service.name: service for service in config.services}
-        self._checkers: dict[str, RouteChecker] = {}
+        self.checkers = {service.name: RouteChecker(config, service) for service in config.services}
         self.static: dict[str, dict[Shape, list[Route]]] = {}
         for service in config.services:
             shapes = self.static[service.name] = {}
             for route in service.routes:
                 shapes.setdefault(shape_of(route), []).append(route)
-
-    def checker(self, service: str) -> RouteChecker:
-        """Checks routes of a service. Made when it is needed: most configurations are never asked."""
-        found = self._checkers.get(service)
-        if found is None:
-            found = self._checkers[service] = RouteChecker(self.config, self.services[service])
-        return found
 
 
 Change = Literal["added", "changed", "unchanged"]
@@ -192,6 +192,7 @@ class RouteTable:
         self.leased = store.env.open_db(b"leased")
         # What follows changes under the store's lock.
         self._force: _Force | None = None
+        self._static_groups: frozenset[int] = frozenset()
         self._known: dict[str, dict[Shape, _Known]] = {}
         self._by_number: dict[int, _Known] = {}
         # Of the transaction that is under way:
@@ -277,28 +278,25 @@ class RouteTable:
         transaction is on the disk.
         """
         force = _Force(config)
-        entries: dict[bytes, bytes] = {}
+        txn.drop(self._static, delete=False)
+        entries: list[tuple[bytes, bytes]] = []
+        groups: set[int] = set()
         for service in config.services:
             compiled = compile_routes(service.routes, service.key_order, partial(self._number, service.name))
-            packed = [ids.for_targets(route.targets).pack() for route in service.routes]
-            entries.update((key, packed[place] + _ID.pack(place)) for key, place in compiled.entries)
-        self._replace_static(txn, entries)
+            found = [ids.for_targets(route.targets, route.choice, force.places.in_pool) for route in service.routes]
+            packed = [each.pack() for each in found]
+            groups.update(id_ for each in found for id_ in (each.ipv4, each.ipv6) if id_ >= GROUP)
+            entries += ((key, packed[place] + _ID.pack(place)) for key, place in compiled.entries)
+        with txn.cursor(db=self._static) as cursor:
+            cursor.putmulti(sorted(entries))
         self._look_at_targets(txn, force)
         self._plan_is_stale = False
 
         def took_effect() -> None:
             self._force = force
+            self._static_groups = frozenset(groups)
 
         return {service.name: list(self._probes(force, service)) for service in config.services}, took_effect
-
-    def _replace_static(self, txn: lmdb.Transaction[bytes], entries: dict[bytes, bytes]) -> None:
-        """Make the static routes these, and write only what differs."""
-        with txn.cursor(db=self._static) as cursor:
-            before = {bytes(key): bytes(value) for key, value in cursor}
-        for key in before.keys() - entries.keys():
-            txn.delete(key, db=self._static)
-        with txn.cursor(db=self._static) as cursor:
-            cursor.putmulti(sorted(entries.items() - before.items()))
 
     def parsers(self, txn: lmdb.Transaction[bytes], service: Service, names: Iterable[str]) -> list[PayloadParser]:
         """Parsers of a service, with the values of all its routes that they must know. Raises RegistryError for more
@@ -378,16 +376,22 @@ class RouteTable:
     # ---- one dynamic route ----
 
     def put(
-        self, service: str, when: Mapping[str, object], target: object, source: str | None
+        self,
+        service: str,
+        when: Mapping[str, object],
+        target: object,
+        source: str | None,
+        choose: str | None = None,
+        hash_: str | None = None,
     ) -> tuple[RouteView, bool]:
-        """Define a dynamic route, or give it another target; `when`, `target` and `source` as in the configuration.
-        Returns it, and whether it is new.
+        """Define a dynamic route, or give it another target; all of it as in the configuration. Returns it, and whether
+        it is new.
 
         Raises RequestError for what it must not be, RegistryError where no target id is left.
         """
         with self.changing() as txn:
             force, _ = self.of(service)
-            route = self.check(service, when, target, source)
+            route = self.check(service, when, target, source, choose, hash_)
             ids = self._store.ids(txn, force.config.gateway.mark.highest_id)
             change, key = self.write(txn, ids, service, route)
             known, entry = self._at(txn, key)
@@ -417,11 +421,19 @@ class RouteTable:
                 )
             self.delete(txn, key)
 
-    def check(self, service: str, when: Mapping[str, object], target: object, source: str | None) -> Route:
+    def check(
+        self,
+        service: str,
+        when: Mapping[str, object],
+        target: object,
+        source: str | None,
+        choose: str | None = None,
+        hash_: str | None = None,
+    ) -> Route:
         """The route of a request, checked by itself. Raises RequestError."""
         with self._store.lock:
             try:
-                return self.of(service)[0].checker(service).check(when, target, source)
+                return self.of(service)[0].checkers[service].check(when, target, source, choose, hash_)
             except ConfigError as error:
                 raise _not_right(error) from error
 
@@ -429,7 +441,7 @@ class RouteTable:
         """What the route of a request matches, without targets. Raises RequestError."""
         with self._store.lock:
             try:
-                return self.of(service)[0].checker(service).check_match(when, source)
+                return self.of(service)[0].checkers[service].check_match(when, source)
             except ConfigError as error:
                 raise _not_right(error) from error
 
@@ -467,7 +479,8 @@ class RouteTable:
             if not force.places.in_pool(to.address):
                 flags |= _EXTERNAL4 if to.address.version == 4 else _EXTERNAL6
         values = values_of(route) if has_digest(shape, key) else b""
-        entry = _Entry(ids.for_targets(route.targets), flags, True, True, values)
+        target_ids = ids.for_targets(route.targets, route.choice, force.places.in_pool)
+        entry = _Entry(target_ids, flags, True, True, values)
         if old == entry:
             return "unchanged", key
         if old is None:
@@ -484,8 +497,7 @@ class RouteTable:
         elif lease is None:
             self._use(txn, old, -1)
         if lease is None:
-            for to in route.targets:
-                self._more_uses[to.address.packed] += 1
+            self._use(txn, entry, 1)
         txn.put(key, entry.pack(), db=self._dynamic)
         return "added" if old is None else "changed", key
 
@@ -502,6 +514,18 @@ class RouteTable:
         """The dynamic route at a key."""
         known, entry = self._at(txn, key)
         return self._view(txn, known, key, entry)
+
+    def groups_in_use(self, txn: lmdb.Transaction[bytes]) -> set[int]:
+        """Ids of the groups that routes lead to."""
+        with self._store.lock:
+            found = set(self._static_groups)
+        with txn.cursor(db=self._uses) as cursor:
+            there = cursor.set_range(_group_key(0)[:1])
+            while there and cursor.key()[:1] == _group_key(0)[:1]:
+                if len(cursor.key()) == len(_group_key(0)):
+                    found.add(_ID.unpack_from(cursor.key(), 1)[0])
+                there = cursor.next()
+        return found
 
     def is_used(self, txn: lmdb.Transaction[bytes], address: bytes) -> bool:
         """Whether dynamic routes of no lease lead to an address."""
@@ -538,8 +562,9 @@ class RouteTable:
                 yield RouteLine(
                     known.service,
                     {c.key: condition_text(c) for c in route.conditions},
-                    [ExternalTarget(text) if external else text for text, external in self._targets(txn, entry)],
+                    [ExternalTarget(str(to)) if external else str(to) for to, external in self._leads_to(txn, entry)],
                     None if route.source is None else str(route.source),
+                    **_choice_texts(self._choice(txn, entry)),
                 )
 
     def _walk(
@@ -649,10 +674,11 @@ class RouteTable:
             self._plan_is_stale = True
 
     def _use(self, txn: lmdb.Transaction[bytes], entry: _Entry, more: int) -> None:
-        for target_id in (entry.ids.ipv4, entry.ids.ipv6):
-            target = self._store.target(txn, target_id) if target_id else None
-            if target is not None:
-                self._more_uses[target.address.packed] += more
+        for target, _ in self._leads_to(txn, entry):
+            self._more_uses[target.address.packed] += more
+        for group_id in (entry.ids.ipv4, entry.ids.ipv6):
+            if group_id >= GROUP:
+                self._more_uses[_group_key(group_id)] += more
 
     def _at(self, txn: lmdb.Transaction[bytes], key: bytes) -> tuple[_Known, _Entry]:
         value = txn.get(key, db=self._dynamic)
@@ -660,13 +686,19 @@ class RouteTable:
             raise RegistryError("a route that a lease names is not in the registry")
         return self._by_number[_ID.unpack_from(key)[0] & ~DYNAMIC], _Entry.unpack(value)
 
-    def _targets(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> list[tuple[str, bool]]:
-        """Each target as text, and whether it is external."""
-        return [
-            (str(self._store.target(txn, target_id)), bool(entry.flags & external))
-            for target_id, external in ((entry.ids.ipv4, _EXTERNAL4), (entry.ids.ipv6, _EXTERNAL6))
-            if target_id
-        ]
+    def _leads_to(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> Iterator[tuple[Target, bool]]:
+        """Each target of a route, and whether it is external."""
+        for id_, external in ((entry.ids.ipv4, _EXTERNAL4), (entry.ids.ipv6, _EXTERNAL6)):
+            if id_ >= GROUP and (group := self._store.group(txn, id_)) is not None:
+                yield from ((member.target, member.external) for member in group.members)
+            elif id_ and (target := self._store.target(txn, id_)) is not None:
+                yield target, bool(entry.flags & external)
+
+    def _choice(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> Choice | None:
+        for id_ in (entry.ids.ipv4, entry.ids.ipv6):
+            if id_ >= GROUP and (group := self._store.group(txn, id_)) is not None:
+                return Choice(group.policy, group.key)
+        return None
 
     def _lease(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> str:
         target = self._store.target(txn, entry.ids.ipv4 or entry.ids.ipv6)
@@ -688,7 +720,8 @@ class RouteTable:
             service=known.service,
             when={c.key: condition_text(c) for c in route.conditions},
             source=None if route.source is None else str(route.source),
-            targets=[text for text, _ in self._targets(txn, entry)],
+            targets=[str(target) for target, _ in self._leads_to(txn, entry)],
+            **_choice_texts(self._choice(txn, entry)),
             origin=f"lease {self._lease(txn, entry)}" if entry.flags & LEASE else "dynamic",
             usable=is_in_plan and entry.usable4 and entry.usable6 and txn.get(static_key, db=self._static) is None,
             place=None,
@@ -701,6 +734,7 @@ class RouteTable:
             when={c.key: condition_text(c) for c in route.conditions},
             source=None if route.source is None else str(route.source),
             targets=[str(target) for target in route.targets],
+            **_choice_texts(route.choice),
             origin="static",
             usable=True,
             place=route.name,
@@ -722,6 +756,17 @@ def origin_of(service: str, key: bytes, value: bytes) -> str:
     if not key[0] & DYNAMIC >> 24:
         return f"services.{service}.routes[{_ID.unpack_from(value, _IDS.size)[0]}]"
     return "lease" if _Entry.unpack(value).flags & LEASE else "dynamic"
+
+
+def _group_key(group_id: int) -> bytes:
+    """Five bytes in `uses`, as no address has them; no IPv4 target begins with their first."""
+    return b"\0" + _ID.pack(group_id)
+
+
+def _choice_texts(choice: Choice | None) -> dict[str, Any]:
+    if choice is None:
+        return {}
+    return {"choose": choice.policy, "hash": choice.key if choice.policy == "hash" else None}
 
 
 def _not_right(error: ConfigError) -> RequestError:

@@ -33,6 +33,7 @@ from msgspec.structs import replace
 from steerd import config as configuration
 from steerd.config import Config, Service
 from steerd.control.store import IdGiver, Store
+from steerd.core.choice import GROUP
 from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry
 from steerd.errors import ConfigError, RegistryError, SteerdError
 from steerd.model import IPAddress
@@ -125,9 +126,7 @@ class SessionTable:
         for key, record in changed:
             txn.put(key, _encode(record), db=self._sessions)
         for key, entry in sorted(written.items()):
-            record = self._record(txn, ids, places, key, entry, of_configuration=True)
-            if txn.get(key, db=self._sessions) != _encode(record):
-                self._write(txn, key, record)
+            self._write(txn, key, self._record(txn, ids, places, key, entry, of_configuration=True))
 
         def took_effect() -> None:
             self._config, self._services = config, {service.name: service for service in config.services}
@@ -336,9 +335,15 @@ class Places:
         return position >= 0 and int(address) <= self._lasts[address.version][position]
 
     def usable(self, txn: lmdb.Transaction[bytes], store: Store, target_id: int, external: bool) -> bool:
-        """Whether connections may be steered to a target; `external`: it may lie outside the pools."""
+        """Whether connections may be steered to a target (`external`: it may lie outside the pools), or to a group: to
+        each of its members, as if the others were not there."""
         known = self._known.get((target_id, external))
-        if known is None:
+        if known is None and target_id >= GROUP:
+            group = store.group(txn, target_id)
+            members = () if group is None else group.members
+            known = bool(members) and all(self.usable(txn, store, each.id, each.external) for each in members)
+            self._known[target_id, external] = known
+        elif known is None:
             target = store.target(txn, target_id) if target_id <= self._highest_id else None
             known = target is not None and (
                 self.in_pool(target.address) or (external and target.address not in self._endpoints)

@@ -6,28 +6,32 @@ lock and wait for nobody; what one reads stays as it is until its transaction en
 as one lasts, no page that it could read is used again. An environment must not be taken through fork(2) (LMDB's locks
 and reader slots belong to a process); whoever is forked opens its own.
 
-  meta     "schema" -> u32; "next_id" -> u32; "next_serial" -> u64; others know their own keys
+  meta     "schema" -> u32; "next_id", "next_group" -> u32; "next_serial" -> u64; others know their own keys
   ids      address (4 or 16) | length u32 | port u16  ->  first target id u32
   targets  first target id u32                        ->  length u32 | port u16 | address (4 or 16)
+  groups   group id u32                               ->  core.choice.Group as msgpack
+  members  BLAKE2b-32 of what `groups` holds          ->  group id u32
   plan     "plan" -> core.engine.Plan as msgpack; "serial" -> u64, another one for each plan
 
 All numbers in network order, so that LMDB sorts them as numbers. A target is a block of one address; `extension_pool`
 takes whole blocks. An id is given once and never gets a second meaning: the kernel's maps and packets under way may
-still hold it when the configuration that asked for it is long gone.
+still hold it when the configuration that asked for it is long gone. Neither does that of a group.
 
 Schemas. A registry of an older schema is brought up to this one when it is opened, in one transaction; one of a newer
 schema is refused and left alone.
 
   1  routes by index of service and number of probe; no dynamic routes
   2  routes by number of shape (core.router); control.routes, control.leases
+  3  groups (core.choice), which routes may lead to; control.drains
 """
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,23 +39,25 @@ from typing import Any
 import lmdb
 import msgspec
 
-from steerd.core.engine import IdBlock, Plan, TargetIds
+from steerd.core.choice import GROUP, Group, Member
+from steerd.core.engine import NO_TARGET, IdBlock, Plan, TargetIds
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.core.pools import Block
 from steerd.errors import RegistryError
-from steerd.model import Target
+from steerd.model import Choice, IPAddress, Target
 
-SCHEMA = 2
+SCHEMA = 3
 
 # An upper bound for the file, not what it takes: address space only (64-bit), and LMDB grows into it.
 _MAP_SIZE = 16 << 30
 _MAX_READERS = 512
-_MAX_DATABASES = 16
+_MAX_DATABASES = 32
 
 _ID = struct.Struct("!I")
 _SERIAL = struct.Struct("!Q")
 _ID_KEY_TAIL = struct.Struct("!IH")
 _TARGET_HEAD = struct.Struct("!IH")
+_decode_group = msgspec.msgpack.Decoder(Group).decode
 
 
 def _path(state_dir: str) -> Path:
@@ -81,6 +87,8 @@ class Store:
         self.meta = meta
         self._ids = self.env.open_db(b"ids")
         self._targets = self.env.open_db(b"targets")
+        self._groups = self.env.open_db(b"groups")
+        self._members = self.env.open_db(b"members")
         self._plan = self.env.open_db(b"plan")
 
     def _upgrade(self, txn: lmdb.Transaction[bytes], meta: Any, schema: int) -> None:
@@ -93,6 +101,7 @@ class Store:
             # Nothing is lost: both are written anew when a configuration is put in force.
             for name in (b"routes", b"plan"):
                 txn.drop(self.env.open_db(name, txn=txn), delete=False)
+        # From 2 to 3 there is nothing to do but to keep a steerd away that would take a group for a target.
         txn.put(b"schema", _ID.pack(SCHEMA), db=meta)
 
     @contextmanager
@@ -106,7 +115,7 @@ class Store:
 
     def ids(self, txn: lmdb.Transaction[bytes], highest: int) -> IdGiver:
         """Gives target ids up to `highest` inside a write transaction."""
-        return IdGiver(txn, self.meta, self._ids, self._targets, highest)
+        return IdGiver(txn, self, highest)
 
     def next_serial(self, txn: lmdb.Transaction[bytes]) -> int:
         """A number from 1 on that was never given before."""
@@ -119,12 +128,13 @@ class Store:
         """What an id stands for, or None if it was never given."""
         return target_of(txn, self._targets, target_id)
 
+    def group(self, txn: lmdb.Transaction[bytes], group_id: int) -> Group | None:
+        """What the id of a group stands for, or None if it was never given."""
+        return group_of(txn, self._groups, group_id)
+
     def put_plan(self, txn: lmdb.Transaction[bytes], plan: Plan) -> None:
-        """What workers follow from the end of this transaction on. One that says what is in force is no new one."""
-        packed_plan = msgspec.msgpack.encode(plan)
-        if txn.get(b"plan", db=self._plan) == packed_plan:
-            return
-        txn.put(b"plan", packed_plan, db=self._plan)
+        """What workers follow from the end of this transaction on."""
+        txn.put(b"plan", msgspec.msgpack.encode(plan), db=self._plan)
         packed = txn.get(b"serial", db=self._plan)
         serial = 0 if packed is None else int(_SERIAL.unpack(packed)[0])
         txn.put(b"serial", _SERIAL.pack(serial + 1), db=self._plan)
@@ -159,6 +169,12 @@ def target_of(txn: lmdb.Transaction[bytes], targets: Any, target_id: int) -> Tar
     return Target(ipaddress.ip_address(bytes(value[_TARGET_HEAD.size :])) + (target_id - first_id), port)
 
 
+def group_of(txn: lmdb.Transaction[bytes], groups: Any, group_id: int) -> Group | None:
+    """What the id of a group stands for among `groups` (the database), or None if it was never given."""
+    packed = txn.get(_ID.pack(group_id), db=groups)
+    return None if packed is None else _decode_group(packed)
+
+
 def plan_of(txn: lmdb.Transaction[bytes], plan: Any) -> Plan | None:
     """The plan in the database `plan`, or None if there never was one."""
     blob = txn.get(b"plan", db=plan)
@@ -168,23 +184,54 @@ def plan_of(txn: lmdb.Transaction[bytes], plan: Any) -> Plan | None:
 class IdGiver:
     """Looks target ids up, and gives new ones, inside one write transaction."""
 
-    def __init__(self, txn: lmdb.Transaction[bytes], meta: Any, ids: Any, targets: Any, highest: int) -> None:
+    def __init__(self, txn: lmdb.Transaction[bytes], store: Store, highest: int) -> None:
         self._txn = txn
-        self._meta = meta
-        self._ids = ids
-        self._targets = targets
+        self._store = store
         self._highest = highest
 
-    def for_targets(self, targets: Iterable[Target]) -> TargetIds:
-        """The ids of at most one target of each family."""
-        by_version = {t.address.version: self.for_block(Block(t.address, 1), t.port).first_id for t in targets}
-        return TargetIds(by_version.get(4, 0), by_version.get(6, 0))
+    def for_targets(
+        self,
+        targets: Sequence[Target],
+        choice: Choice | None = None,
+        in_pool: Callable[[IPAddress], bool] | None = None,
+    ) -> TargetIds:
+        """The ids of at most one target of each family; with a choice of as many as there are. `in_pool` says whether
+        an address is an alias."""
+        return TargetIds(
+            *(self._for_family([t for t in targets if t.address.version == v], choice, in_pool) for v in (4, 6))
+        )
+
+    def _for_family(
+        self, targets: Sequence[Target], choice: Choice | None, in_pool: Callable[[IPAddress], bool] | None
+    ) -> int:
+        ids = [self.for_block(Block(target.address, 1), target.port).first_id for target in targets]
+        if len(ids) < 2:
+            return ids[0] if ids else NO_TARGET
+        assert choice is not None and in_pool is not None, "several targets of a family, and no choice among them"
+        members = tuple(
+            Member(id_, target.address.packed + target.port.to_bytes(2, "big"), not in_pool(target.address))
+            for id_, target in zip(ids, targets, strict=True)
+        )
+        return self._for_group(Group(*choice, members))
+
+    def _for_group(self, group: Group) -> int:
+        packed = msgspec.msgpack.encode(group)
+        digest = hashlib.blake2b(packed, digest_size=32).digest()
+        known = self._number(digest, self._store._members)
+        if known is not None:
+            return known
+        next_ = self._number(b"next_group", self._store.meta)
+        group_id = GROUP if next_ is None else next_
+        self._txn.put(digest, _ID.pack(group_id), db=self._store._members)
+        self._txn.put(_ID.pack(group_id), packed, db=self._store._groups)
+        self._txn.put(b"next_group", _ID.pack(group_id + 1), db=self._store.meta)
+        return group_id
 
     def for_block(self, block: Block, port: int) -> IdBlock:
         """The ids of consecutive addresses with one port (0: `same`)."""
         key = block.first.packed + _ID_KEY_TAIL.pack(block.length, port)
-        known = self._number(key, self._ids)
-        first_id = self._number(b"next_id", self._meta) if known is None else known
+        known = self._number(key, self._store._ids)
+        first_id = self._number(b"next_id", self._store.meta) if known is None else known
         assert first_id is not None  # a registry is born with "next_id"
         if first_id + block.length - 1 > self._highest:
             raise RegistryError(
@@ -193,10 +240,10 @@ class IdGiver:
             )
         if known is None:
             packed_id = _ID.pack(first_id)
-            self._txn.put(key, packed_id, db=self._ids)
+            self._txn.put(key, packed_id, db=self._store._ids)
             value = _TARGET_HEAD.pack(block.length, port) + block.first.packed
-            self._txn.put(packed_id, value, db=self._targets)
-            self._txn.put(b"next_id", _ID.pack(first_id + block.length), db=self._meta)
+            self._txn.put(packed_id, value, db=self._store._targets)
+            self._txn.put(b"next_id", _ID.pack(first_id + block.length), db=self._store.meta)
         return IdBlock(first_id, block.length)
 
     def _number(self, key: bytes, database: Any) -> int | None:

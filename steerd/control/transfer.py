@@ -81,7 +81,9 @@ def load(registry: Registry, text: bytes, first: int = 1) -> Loaded:
                         target: list[object] = [
                             each if isinstance(each, str) else msgspec.structs.asdict(each) for each in parsed.target
                         ]
-                        route = registry.routes.check(parsed.service, parsed.when, target, parsed.source)
+                        route = registry.routes.check(
+                            parsed.service, parsed.when, target, parsed.source, parsed.choose, parsed.hash
+                        )
                         change, _ = registry.routes.write(txn, ids, parsed.service, route)
                     elif isinstance(parsed, Heading):
                         _check_format(parsed)

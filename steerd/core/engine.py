@@ -13,7 +13,8 @@ How a SYN, or the first payload of a connection, is decided:
 3. A known session id leads to its session's target, or is refused (core.sessions), before any route.
 4. The best route for these keys, the extension's and the source wins (core.router says which is best). Without one,
    `extension_pool` maps the extension by arithmetic. Without that, `default` or `unmatched`.
-5. A target that is drained takes nobody new: `unmatched`. Whether it is counts at the moment of the decision.
+5. Of several targets one is chosen (core.choice). A target that is drained takes nobody new: `unmatched`. Whether it
+   is counts at the moment of the decision.
 
 A flow of datagrams is decided in the same way, by the datagrams so far, with the parsers that read datagrams. QUIC is
 special: what comes from the middle of a connection (the client moved to another address, or its flow was forgotten)
@@ -34,6 +35,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from steerd.core.choice import GROUP, Chooser, no_group
 from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup, matches
 from steerd.core.sessions import Claim, Session, SessionsPlan, judge
@@ -54,7 +56,8 @@ _Data = TypeVar("_Data")
 
 
 class TargetIds(msgspec.Struct, frozen=True, array_like=True):
-    """The ids of what one route or default steers to, one for each address family; NO_TARGET where it has none."""
+    """The ids of what one route or default steers to, one for each address family; NO_TARGET where it has none. Where
+    it has several targets of a family, that of their group (core.choice)."""
 
     ipv4: int = NO_TARGET
     ipv6: int = NO_TARGET
@@ -211,8 +214,8 @@ class _Reading(NamedTuple):
 
 class Engine:
     """Decides for one plan. `get` looks a route up: router key -> packed TargetIds, or None; `find` a session, by
-    service and id; `state` the state of a target (bits of steerd.model). `watch` is for those who want to explain a
-    decision (core.explain)."""
+    service and id; `state` the state of a target (bits of steerd.model); `chooser` chooses among several targets, and
+    outlives the plan. `watch` is for those who want to explain a decision (core.explain)."""
 
     def __init__(
         self,
@@ -221,10 +224,12 @@ class Engine:
         find: Callable[[str, str], Session | None] = no_session,
         watch: Watch | None = None,
         state: Callable[[int], int] = no_state,
+        chooser: Chooser | None = None,
     ) -> None:
         self._get = get
         self._find = find
         self._state = state
+        self._chooser = chooser or Chooser(no_group, state)
         self._numbers = plan.numbers
         self._services = [
             _Service(
@@ -346,7 +351,9 @@ class Engine:
         if service is None or service.plan.on_silence is None:
             return Decision(Outcome.DROP, Reason.NO_ENDPOINT)
         ids = service.plan.on_silence
-        return self._steer(service.plan, Reason.SILENCE, ids.ipv4 if packet.version == 4 else ids.ipv6, {}, False)
+        reading = _Reading({}, True, packet.src)
+        target_id = ids.ipv4 if packet.version == 4 else ids.ipv6
+        return self._steer(service, packet, reading, Reason.SILENCE, target_id, False)
 
     def give_up(self, packet: Packet, reason: Reason) -> Decision:
         """What `unmatched` says to a connection that cannot be decided, for this reason."""
@@ -389,24 +396,24 @@ class Engine:
                     plan.unmatched, Reason.SESSION_REFUSED, NO_TARGET, plan.name, keys, malformed, None, parser
                 )
             if ruling is not None:
-                decision = self._steer(plan, Reason.SESSION, ruling.target_id, keys, malformed, parser)
+                decision = self._steer(service, packet, reading, Reason.SESSION, ruling.target_id, malformed, parser)
                 return decision._replace(claim=ruling.claim) if decision.outcome is Outcome.STEER else decision
         if plan.probes:
             entry = lookup(plan.probes, keys, reading.source, self._get)
             if entry is not None:
                 target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:8], "big")
-                return self._steer(plan, Reason.ROUTE, target_id, keys, malformed, parser)
+                return self._steer(service, packet, reading, Reason.ROUTE, target_id, malformed, parser)
         if plan.mapping is not None:
             target_id = plan.mapping.target_id(extension, packet.dport, packet.version)
             if target_id:
-                return self._steer(plan, Reason.ARITHMETIC, target_id, keys, malformed, portext.NAME)
+                return self._steer(service, packet, reading, Reason.ARITHMETIC, target_id, malformed, portext.NAME)
         if reading.refused is not None:
             return Decision(plan.unmatched, reading.refused, NO_TARGET, plan.name, keys, malformed, None, parser)
         if otherwise is Reason.UNEXTENDED_PASS:
             return Decision(Outcome.PASS, otherwise, NO_TARGET, plan.name, keys, malformed, None, parser)
         if otherwise in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT):
             target_id = plan.default.ipv4 if packet.version == 4 else plan.default.ipv6
-            return self._steer(plan, otherwise, target_id, keys, malformed, parser)
+            return self._steer(service, packet, reading, otherwise, target_id, malformed, parser)
         return Decision(plan.unmatched, otherwise, NO_TARGET, plan.name, keys, malformed, None, parser)
 
     def _service_at(self, packet: Packet) -> _Service | None:
@@ -419,12 +426,27 @@ class Engine:
         return self._services[ranges.service[position]]
 
     def _steer(
-        self, plan: ServicePlan, reason: Reason, target_id: int, keys: Keys, malformed: bool, parser: str = ""
+        self,
+        service: _Service,
+        packet: Packet,
+        reading: _Reading,
+        reason: Reason,
+        target_id: int,
+        malformed: bool,
+        parser: str = "",
     ) -> Decision:
-        if target_id == NO_TARGET:
-            return Decision(plan.unmatched, Reason.NO_FAMILY, NO_TARGET, plan.name, keys, malformed, None, parser)
-        if self._state(target_id) & DRAINED:
-            return Decision(plan.unmatched, Reason.DRAINED, NO_TARGET, plan.name, keys, malformed, None, parser)
+        """To a target, or to the one that is chosen of a group, if that may be."""
+        plan, keys = service.plan, reading.keys
+        refused = None
+        if target_id >= GROUP:
+            flow = None if service.decides_every_datagram else packet.flow
+            target_id, refused = self._chooser.choose(target_id, packet.protocol, reading.source, keys, flow)
+        elif target_id == NO_TARGET:
+            refused = Reason.NO_FAMILY
+        elif self._state(target_id) & DRAINED:
+            refused = Reason.DRAINED
+        if refused is not None:
+            return Decision(plan.unmatched, refused, NO_TARGET, plan.name, keys, malformed, None, parser)
         return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed, None, parser)
 
 

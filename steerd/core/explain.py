@@ -20,12 +20,15 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from steerd.core.choice import GROUP, SOURCE, Chooser, Chosen, Group, no_group
 from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.core.engine import NOT_EXTENDED, Decision, EndpointPlan, Engine, Plan, ServicePlan, no_state
 from steerd.core.marks import ASK_ID, PASS_ID, RESET_ID, MarkLayout
 from steerd.core.router import Probe, deciding_rule, failing, matches, seen_by, shape_of
 from steerd.core.sessions import Session
 from steerd.model import (
+    DEAD,
+    DRAINED,
     PROTOCOL_NAMES,
     TCP,
     UDP,
@@ -88,6 +91,8 @@ class Known(NamedTuple):
     """Whether a packed address is in a pool."""
     state: Callable[[int], int] = no_state
     """As Engine's."""
+    group: Callable[[int], Group | None] = no_group
+    """What the id of a group stands for."""
 
 
 class Step(NamedTuple):
@@ -144,7 +149,8 @@ class Explainer:
         self._looked_at = 0
         self._said: list[Said] = []
         self._sessions: list[tuple[str, Session | None]] = []
-        self._engine = Engine(known.plan, known.get, self._find, self._saw, known.state)
+        self._chooser = _Chooser(known.group, known.state)
+        self._engine = Engine(known.plan, known.get, self._find, self._saw, known.state, self._chooser)
 
     def syn(self, packet: Packet) -> Explanation:
         """Why a SYN is decided as it is."""
@@ -281,6 +287,7 @@ class Explainer:
     def _begin(self) -> None:
         self._said.clear()
         self._sessions.clear()
+        self._chooser.asked = None
 
     def _saw(self, parser: str, answer: Keys | Answer) -> None:
         self._said.append(Said(parser, dict(answer) if isinstance(answer, dict) else answer))
@@ -327,6 +334,7 @@ class Explainer:
                 steps += _routes(plan, matched, near, looked_at_all)
                 if not matched:
                     steps += _arithmetic(plan, packet, extension, decision)
+            steps += self._choice(packet, keys)
         target = self._known.target(decision.target_id) if decision is not None and decision.target_id else None
         mark = self._written(kind, decision)
         steps += _outcome(plan, packet, kind, decision, target, mark, matched, self._is_known_session)
@@ -435,9 +443,38 @@ class Explainer:
     def _matching(self, plan: ServicePlan, keys: Keys, source: bytes) -> Iterator[Route]:
         for probe, key, value in matches(plan.probes, keys, source, self._known.get):
             ids = (int.from_bytes(value[:4], "big"), int.from_bytes(value[4:8], "big"))
-            targets = tuple(target for id_ in ids if id_ and (target := self._known.target(id_)) is not None)
+            targets = tuple(target for id_ in ids for target in self._targets(id_))
             name = self._known.origin(plan.name, key, value)
             yield seen_by(probe, keys, source)._replace(name=name, targets=targets)
+
+    def _targets(self, id_: int) -> Iterator[Target]:
+        """What the id of a target or of a group stands for."""
+        if id_ >= GROUP:
+            group = self._known.group(id_)
+            yield from (member.target for member in (() if group is None else group.members))
+        elif id_ and (target := self._known.target(id_)) is not None:
+            yield target
+
+    def _choice(self, packet: Packet, keys: Keys) -> Iterator[Step]:
+        """How one of several targets was chosen, who did not take part, and why."""
+        group = None if self._chooser.asked is None else self._known.group(self._chooser.asked)
+        if group is None:
+            return
+        names: list[str] = []
+        skipped: list[str] = []
+        for member in group.members:
+            why = _absent(self._known.state(member.id), packet.protocol)
+            if why:
+                skipped.append(f"{member.target} ({why})")
+            else:
+                names.append(str(member.target))
+        how = {
+            "first-alive": "The first one that is alive is chosen",
+            "round-robin": "They take turns, in each worker by itself, so it may be any",
+            "hash": f"The one is chosen that {_hashed(group.key, keys)} says",
+        }[group.policy]
+        among = f"{how}, of {', '.join(names)}." if names else "There is nobody to choose."
+        yield Step("choice", among + (f" Left out: {', '.join(skipped)}." if skipped else ""))
 
     def _near(self, plan: ServicePlan, keys: Keys, source: bytes) -> tuple[tuple[Near, ...], bool]:
         """The routes that come closest to matching, and whether all were looked at."""
@@ -468,6 +505,30 @@ class Explainer:
             case Outcome.RESET | Outcome.ALERT:
                 return self._mark.field(RESET_ID if kind == "syn" else ASK_ID)
         return None
+
+
+class _Chooser(Chooser):
+    """Remembers which group was asked for last."""
+
+    asked: int | None = None
+
+    def choose(self, group_id: int, protocol: int, source: bytes, keys: Keys, flow: Flow | None) -> Chosen:
+        self.asked = group_id
+        return super().choose(group_id, protocol, source, keys, flow)
+
+
+def _absent(state: int, protocol: int) -> str:
+    """Why a member with this state takes no part; empty: it does."""
+    found = {"drained": DRAINED, "nothing listens there": DEAD[protocol]}
+    return ", ".join(why for why, bit in found.items() if state & bit)
+
+
+def _hashed(key: str, keys: Keys) -> str:
+    if key == SOURCE:
+        return "the hash of the client's address"
+    if key in keys:
+        return f"the hash of {key}"
+    return f"the hash of the client's address (there is no {key})"
 
 
 def shown(text: str) -> str:
@@ -687,6 +748,8 @@ def _outcome(
         yield Step("target", f"{what} has no IPv{packet.version} target for use.")
     if decision.reason is Reason.DRAINED:
         yield Step("target", "It is drained: an operator wants no new connections there (steerctl drains).")
+    if decision.reason is Reason.DEAD:
+        yield Step("target", "Nothing listens on any of the targets that are not drained.")
     if target is not None:
         port = target.port or packet.dport
         yield Step("target", f"{_address(target.address.packed, port)}{'' if target.port else ', the port stays'}.")

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from steerd import config
 from steerd.config import Config
 from steerd.control.registry import Reader, Registry
+from steerd.core.choice import Chooser
 from steerd.core.engine import NO_TARGET, Decision, Engine, Plan
 from steerd.core.pools import Pool
-from steerd.model import Extension, Outcome, Reason
+from steerd.model import ASLEEP, DEAD, DRAINED, TCP, UDP, Extension, Outcome, Reason
 from steerd.wire import packet, portext
 
 NUMBERS = portext.Numbers()
@@ -109,6 +110,8 @@ CHOICES = {
     "inspect": ['"port-extension"', '"http"', '"prefix"', '"port-extension", "http", "prefix"', '"prefix", "http"', ""],
     "default": ["", '"10.64.0.3:80"', '"[fd00:64::3]:same"', '["10.64.0.3:same", "[fd00:64::3]:80"]'],
     "target": ["10.64.0.1:81", "[fd00:64::1]:same"],
+    "several": ['"10.64.0.1:81", "10.64.0.2:81"', '"[fd00:64::1]:81", "[fd00:64::2]:82", "[fd00:64::3]:81"'],
+    "choose": ['"first-alive"', '"round-robin"', '"hash"', '"hash"\nhash = "http.host"'],
     "source": ["", 'source = "198.51.100.0/25"', 'source = "2001:db8:1::/64"'],
 }
 WHEN = {
@@ -137,7 +140,13 @@ def some_configuration(rng: random.Random) -> str:
             if rng.random() < 0.5:
                 target = rng.choice(CHOICES["target"])
                 source = rng.choice(CHOICES["source"][:2] if target[0] == "1" else CHOICES["source"][::2])
-                routes += f'[[services.s{number}.routes]]\nwhen = {{ {when} }}\n{source}\ntarget = "{target}"\n'
+                routes += f"[[services.s{number}.routes]]\nwhen = {{ {when} }}\n{source}\n"
+                if rng.random() < 0.3:
+                    choose = rng.choice(CHOICES["choose"] if "http" in inspect else CHOICES["choose"][:3])
+                    several = CHOICES["several"][target[0] != "1"]
+                    routes += f"target = [{several}]\nchoose = {choose}\n"
+                else:
+                    routes += f'target = "{target}"\n'
         if "port-extension" in inspect:
             unextended = rng.choice(
                 ["pass", "default", "unmatched", "inspect"][: 4 if "http" in inspect or "prefix" in inspect else 3]
@@ -156,6 +165,25 @@ def some_configuration(rng: random.Random) -> str:
         text += f"default = {default}\n" if default else ""
         text += routes
     return text
+
+
+class States:
+    """States of targets that change at random; most are fine."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._states: dict[int, int] = {}
+
+    def get(self, target_id: int) -> int:
+        if target_id not in self._states:
+            self._states[target_id] = self._rng.choice(
+                (0, 0, 0, 0, 0, DRAINED, DEAD[TCP], DEAD[TCP], DEAD[UDP], ASLEEP)
+            )
+        return self._states[target_id]
+
+    def change(self) -> None:
+        if self._rng.random() < 0.3:
+            self._states.clear()
 
 
 def some_packet(rng: random.Random) -> packet.Packet:
@@ -197,10 +225,12 @@ def some_packet(rng: random.Random) -> packet.Packet:
 def test_whatever_the_packet_there_is_a_decision_that_keeps_the_plans_word(seed: int) -> None:
     rng = random.Random(seed)
     with published(some_configuration(rng)) as (made, plan, reader):
-        engine = Engine(plan, reader.route)
+        states = States(rng)
+        engine = Engine(plan, reader.route, state=states.get, chooser=Chooser(reader.group, states.get))
         services = {service.name: service for service in made.services}
         for _ in range(PACKETS_PER_PLAN):
             syn = some_packet(rng)
+            states.change()
             decision = engine.decide_syn(syn)
             if decision.reason is Reason.NO_ENDPOINT:
                 assert decision == Decision(Outcome.DROP, Reason.NO_ENDPOINT)
@@ -219,9 +249,12 @@ def test_whatever_the_packet_there_is_a_decision_that_keeps_the_plans_word(seed:
             target = reader.target(decision.target_id)
             assert target is not None
             assert target.address.version == syn.version
+            assert not states.get(decision.target_id) & DRAINED
             if decision.reason is Reason.ARITHMETIC:
                 assert target.address in made.pools["p"]
             elif decision.reason is Reason.ROUTE:
+                several = any(route.choice for route in service.routes if target in route.targets)
+                assert target.port == 81 or not several or not states.get(decision.target_id) & DEAD[syn.protocol]
                 assert target in {target for route in service.routes for target in route.targets}
             else:
                 assert decision.reason in (Reason.DEFAULT, Reason.UNEXTENDED_DEFAULT)

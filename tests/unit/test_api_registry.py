@@ -67,6 +67,8 @@ def test_routes(api: Served) -> None:
         "origin": "dynamic",
         "usable": True,
         "place": None,
+        "choose": None,
+        "hash": None,
     }
     assert api.ask("PUT", path, {"when": HOST, "target": "10.64.0.5:80"}) == (201, made)
     assert api.ask("PUT", path, {"when": HOST, "target": "10.64.0.6:80"})[0] == 200
@@ -79,6 +81,12 @@ def test_routes(api: Served) -> None:
     _, second = api.ask("GET", f"{path}?limit=5&after={first['next']}")
     assert first["routes"] + second["routes"] == listed["routes"]
     assert second["next"] is None
+    several = {"target": ["10.64.0.5:80", "10.64.0.6:80"], "choose": "hash", "hash": "http.host"}
+    code, view = api.ask("PUT", path, {"when": {"http.host": "s.example"}} | several)
+    assert (code, view["targets"], view["choose"], view["hash"]) == (201, several["target"], "hash", "http.host")
+    code, problem = api.ask("PUT", path, {"when": {"http.host": "s.example"}, "target": several["target"]})
+    assert (code, problem["field"]) == (400, "target[1]")
+    assert api.ask("DELETE", f"{path}?when={quote(json.dumps({'http.host': 's.example'}))}") == (204, None)
     code, problem = api.ask("PUT", path, {"when": {"http.host": "static.example"}, "target": "10.64.0.6:80"})
     assert (code, problem["code"], problem["field"]) == (409, "conflict", "when")
     assert api.ask("PUT", path, {"when": HOST})[1]["field"] == "target"

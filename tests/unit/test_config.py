@@ -14,7 +14,7 @@ from steerd.core.marks import MarkLayout
 from steerd.core.pools import Pool
 from steerd.core.router import MAX_PROBES
 from steerd.errors import ConfigError
-from steerd.model import TCP, UDP, Condition, Endpoint, IPAddress, Match, Outcome, Route, Target
+from steerd.model import TCP, UDP, Choice, Condition, Endpoint, IPAddress, Match, Outcome, Route, Target
 from steerd.wire import quic_lb, wireguard
 from steerd.wire.portext import Numbers
 
@@ -956,7 +956,47 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         service("default = ['10.64.0.1:80', '10.64.0.2:80']"),
-        "services.web.default[1]: Is a second IPv4 target; at most one of each family is possible.",
+        "services.web.default[1]: Is a second IPv4 target; services.web.choose must say how one is chosen:"
+        ' "first-alive" or "round-robin" or "hash".',
+    ),
+    (
+        route("when = { prefix = 'a' }\ntarget = ['10.64.0.1:80', '10.64.0.2:80', '10.64.0.3:80']"),
+        "services.web.routes[0].target[1]: Is a second IPv4 target; services.web.routes[0].choose must say how one is"
+        ' chosen: "first-alive" or "round-robin" or "hash".',
+    ),
+    (
+        route("when = { prefix = 'a' }\nchoose = 'any'\ntarget = ['10.64.0.1:80', '10.64.0.2:80']"),
+        'services.web.routes[0].choose: Must be "first-alive" or "round-robin" or "hash", not "any".',
+    ),
+    (
+        route("when = { prefix = 'a' }\nchoose = 'hash'\ntarget = ['10.64.0.1:80', '10.64.0.1:80']"),
+        "services.web.routes[0].target[1]: 10.64.0.1:80 is there twice.",
+    ),
+    (
+        route("when = { prefix = 'a' }\nchoose = 'hash'\ntarget = ['10.64.0.1:80', '10.64.0.2:same']"),
+        "services.web.routes[0].target: 10.64.0.2:same keeps the client's port; each of several needs its own, to tell"
+        " whether it listens.",
+    ),
+    (
+        route(f"when = {{ prefix = 'a' }}\nchoose = 'hash'\ntarget = {[f'10.64.0.1:{n}' for n in range(1, 102)]}"),
+        "services.web.routes[0].target[100]: Is IPv4 target number 101; at most 100 are possible.",
+    ),
+    (
+        route("when = { prefix = 'a' }\nchoose = 'hash'\nhash = 'http.hots'\ntarget = '10.64.0.1:80'"),
+        'services.web.routes[0].hash: Is not a key of any parser; did you mean "http.host"?',
+    ),
+    (
+        route("when = { prefix = 'a' }\nchoose = 'hash'\nhash = 'tls.sni'\ntarget = '10.64.0.1:80'"),
+        'services.web.routes[0].hash: Is a key of the parser "tls", which inspect does not name.',
+    ),
+    (
+        route("when = { prefix = 'a' }\nchoose = 'round-robin'\nhash = 'source'\ntarget = '10.64.0.1:80'"),
+        'services.web.routes[0].hash: Means nothing unless choose = "hash".',
+    ),
+    (
+        service("routes = [{source = '198.51.100.0/24', target = '10.64.0.1:80'}]\nchoose = 'hash'"),
+        "services.web.choose: Is how a target of default or on_silence is chosen, and there is neither; routes say"
+        " theirs.",
     ),
     (
         service("default = {address = '[2001:db8::1]:80', external = true}"),
@@ -1211,6 +1251,20 @@ MISTAKES: list[tuple[str, str]] = [
         'services.web.extension_pool: Means nothing unless inspect names "port-extension".',
     ),
 ]
+
+
+def test_several_targets() -> None:
+    text = (
+        "default = ['10.64.0.1:80', '10.64.0.2:80', '[2001:db8::1]:80']\nchoose = 'hash'\n"
+        "routes = [\n"
+        "{source = '198.51.100.0/25', target = ['10.64.0.3:80', '10.64.0.4:81'], choose = 'first-alive'},\n"
+        "{source = '198.51.100.128/25', target = '10.64.0.3:80', choose = 'hash', hash = 'http.cookie.sid'},\n]\n"
+    ).replace("'[2001:db8::1]:80'", "{address = '[2001:db8::1]:80', external = true}")
+    (web,) = config.parse(service(f'inspect = ["http"]\n{text}'), "f.toml").services
+    assert [str(target) for target in web.default] == ["10.64.0.1:80", "10.64.0.2:80", "[2001:db8::1]:80"]
+    assert web.choice == Choice("hash", "source")
+    assert [route.choice for route in web.routes] == [Choice("first-alive"), Choice("hash", "http.cookie.sid")]
+    assert [str(target) for target in web.routes[0].targets] == ["10.64.0.3:80", "10.64.0.4:81"]
 
 
 @pytest.mark.parametrize(("text", "mistake"), MISTAKES, ids=[mistake[:70] for _, mistake in MISTAKES])

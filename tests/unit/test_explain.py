@@ -21,7 +21,8 @@ from steerd.cli import explain as cli
 from steerd.control.registry import Registry
 from steerd.control.routes import origin_of
 from steerd.core import explain
-from steerd.core.engine import Engine
+from steerd.core.choice import Chooser
+from steerd.core.engine import Engine, no_state
 from steerd.core.explain import Explainer, Explanation, Known, route_shown, shown
 from steerd.core.router import failing
 from steerd.model import TCP, UDP, Answer, Extension, Outcome, Reason
@@ -29,7 +30,7 @@ from steerd.wire import packet as wire
 from steerd.wire import portext, segment
 from steerd.wire.packet import Packet
 from tests.initials import client_hello, flight, other
-from tests.property.test_engine import published, some_configuration, some_packet
+from tests.property.test_engine import States, published, some_configuration, some_packet
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 HELLO = (VECTORS / "tls-openssl-3.0.19-sni-alpn.bin").read_bytes()
@@ -101,10 +102,15 @@ PAYLOADS = [
 
 
 @contextmanager
-def explainer(text: str) -> Iterator[tuple[config.Config, Explainer, Engine]]:
+def explainer(text: str, states: States | None = None) -> Iterator[tuple[config.Config, Explainer, Engine]]:
+    state = states.get if states is not None else no_state
     with published(text) as (made, plan, reader):
-        known = Known(plan, reader.route, reader.session, reader.target, reader.routes_of, origin_of, lambda _: False)
-        yield made, Explainer(known), Engine(plan, reader.route, reader.session)
+        known = Known(
+            plan, reader.route, reader.session, reader.target, reader.routes_of, origin_of, lambda _: False, state,
+            reader.group,
+        )  # fmt: skip
+        engine = Engine(plan, reader.route, reader.session, state=state, chooser=Chooser(reader.group, state))
+        yield made, Explainer(known), engine
 
 
 def held_together(told: Explanation, made: config.Config) -> None:
@@ -124,11 +130,18 @@ def held_together(told: Explanation, made: config.Config) -> None:
         assert (decision.reason is Reason.ROUTE) <= bool(expected)
         by_name = {route.name: route for route in service.routes}
         for route in told.matched:
-            assert by_name[route.name]._replace(targets=()) == route._replace(
-                targets=(), conditions=by_name[route.name].conditions
+            written = by_name[route.name]
+            assert written._replace(targets=(), choice=None) == route._replace(
+                targets=(), conditions=written.conditions
             )
+            assert set(route.targets) == set(written.targets)
         for near in told.near:
             assert failing(near.route, keys, source) == [near.wrong]
+    choices = [step.text for step in told.steps if step.about == "choice"]
+    if choices and told.target is not None:
+        # A client is never sent to one that is left out.
+        assert f"{told.target}" in choices[0].split("Left out")[0]
+    assert (decision.reason is Reason.DEAD) <= bool(choices)
     if decision.reason is Reason.ROUTE:
         assert told.target in told.matched[0].targets
     assert (told.target is not None) == told.is_steered
@@ -144,9 +157,11 @@ def parsers_gave(told: Explanation) -> dict[str, str]:
 @pytest.mark.parametrize("seed", range(15))
 def test_any_syn_and_first_payload_of_any_configuration(seed: int) -> None:
     rng = random.Random(seed)
-    with explainer(some_configuration(rng)) as (made, explaining, engine):
+    states = States(rng)
+    with explainer(some_configuration(rng), states) as (made, explaining, engine):
         for _ in range(120):
             packet = some_packet(rng)
+            states.change()
             told = explaining.syn(packet)
             assert told.decision == engine.decide_syn(packet)
             held_together(told, made)

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from steerd import config
 from steerd.control.registry import Reader, Registry
 from steerd.control.store import SCHEMA
-from steerd.core.engine import NO_TARGET, Engine, IdBlock, Plan, TargetIds
+from steerd.core.choice import Chooser
+from steerd.core.engine import NO_TARGET, Engine, IdBlock, Plan, TargetIds, no_state
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.errors import RegistryError
 from steerd.model import TCP, Answer, Extension, IPAddress, Outcome, Target
@@ -290,6 +291,26 @@ def test_a_registry_of_an_older_schema_is_brought_up_to_this_one(tmp_path: Path)
         for host, target in (("a.example", 2), ("x.b.example", 3), ("new.example", 9), ("other.example", 1)):
             assert requested(reader, engine, host) == f"10.64.0.{target}:8080"
     Registry(str(tmp_path)).close()
+    with lmdb.open(str(tmp_path / "registry"), max_dbs=8) as env, env.begin() as txn:
+        assert txn.get(b"schema", db=env.open_db(b"meta", txn=txn)) == struct.pack("!I", SCHEMA)
+
+
+def test_a_registry_of_schema_2_keeps_its_routes_and_leases_and_takes_groups(tmp_path: Path) -> None:
+    """tests/vectors/registry holds one that was written by the last steerd before schema 3."""
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "data.mdb").write_bytes(lzma.decompress((OLD / "schema-2.mdb.xz").read_bytes()))
+    registry = Registry(str(tmp_path))
+    assert registry.groups_in_use() == []
+    registry.publish(config.load(OLD / "schema-2.toml"))
+    assert [lease.name for lease in registry.leases.page("", 10)] == ["kept"]
+    assert registry.routes.put("web", {"http.host": "new.example"}, "10.64.0.9:8080", None)[1] is False
+    several = ["10.64.0.7:8080", "10.64.0.8:8080"]
+    registry.routes.put("web", {"http.host": "several.example"}, several, None, "first-alive")
+    registry.close()
+    with reading(tmp_path) as reader:
+        engine = Engine(reader.refresh(), reader.route, chooser=Chooser(reader.group, no_state))
+        for host, target in (("a.example", 2), ("new.example", 9), ("kept.example", 0), ("several.example", 7)):
+            assert requested(reader, engine, host) == f"10.64.0.{target}:8080"
     with lmdb.open(str(tmp_path / "registry"), max_dbs=8) as env, env.begin() as txn:
         assert txn.get(b"schema", db=env.open_db(b"meta", txn=txn)) == struct.pack("!I", SCHEMA)
 

@@ -16,7 +16,8 @@ from steerd import config
 from steerd.control import routes as routes_module
 from steerd.control.registry import Registry
 from steerd.control.sessions import RequestError
-from steerd.core.engine import Engine
+from steerd.core.choice import Chooser, Group
+from steerd.core.engine import Engine, no_state
 from steerd.errors import RegistryError, SteerdError
 from steerd.model import TCP, Answer, Outcome
 from steerd.wire import wireguard
@@ -96,12 +97,13 @@ class Worker:
 
     def __init__(self, registry: Registry) -> None:
         self.reader = registry.reader()
+        self.chooser = Chooser(self.reader.group, no_state)
         self.engine: Engine | None = None
         self.refreshed = 0
 
     def decide(self, payload: str, source: str = "192.0.2.1", version: int = 4, port: int = 443) -> str | None:
         if self.reader.advance() or self.engine is None:
-            self.engine = Engine(self.reader.refresh(), self.reader.route)
+            self.engine = Engine(self.reader.refresh(), self.reader.route, chooser=self.chooser)
             self.refreshed += 1
         endpoint = ipaddress.ip_address("203.0.113.10" if version == 4 else "2001:db8::10")
         client = ipaddress.ip_address(source).packed
@@ -148,6 +150,103 @@ def test_a_route_counts_for_the_next_packet_and_no_worker_reads_its_plan_again(l
     assert worker.ask("a.example") is None
     assert worker.ask("b.example") == "10.64.0.6:80"
     assert worker.refreshed == before
+
+
+# ---- several targets ----
+
+SEVERAL = ["10.64.0.5:80", "10.64.0.6:80", "[fd00:64::5]:80", "[fd00:64::6]:80", "[fd00:64::7]:80"]
+
+
+def in_use(lab: Lab) -> list[list[str]]:
+    return [[str(member.target) for member in group.members] for group in lab.registry.groups_in_use()]
+
+
+def test_several_targets_of_a_family_are_a_group(lab: Lab) -> None:
+    worker = lab.worker()
+    view, is_new = lab.registry.routes.put("web", HOST, SEVERAL, None, "round-robin")
+    assert (view.targets, view.choose, view.hash, view.usable, is_new) == (SEVERAL, "round-robin", None, True, True)
+    assert lab.views()[-1] == (HOST, None, SEVERAL, "dynamic", True)
+    assert {worker.ask("a.example", f"192.0.2.{n}") for n in range(4)} == {"10.64.0.5:80", "10.64.0.6:80"}
+    assert {worker.ask("a.example", f"2001:db8::{n}", 6) for n in range(6)} == set(SEVERAL[2:])
+    assert in_use(lab) == [SEVERAL[:2], SEVERAL[2:]]
+    # Another choice is another route to the same; the same again changes nothing.
+    view, _ = lab.registry.routes.put("web", HOST, SEVERAL[:3], None, "hash", "http.cookie.sid")
+    assert (view.targets, view.choose, view.hash) == (SEVERAL[:3], "hash", "http.cookie.sid")
+    assert worker.ask("a.example", "2001:db8::1", 6) == SEVERAL[2]
+    assert in_use(lab) == [SEVERAL[:2]]
+    with lab.registry.reading() as txn:
+        assert not lab.registry.routes.is_used(txn, ipaddress.ip_address("fd00:64::7").packed)
+        assert lab.registry.routes.is_used(txn, ipaddress.ip_address("10.64.0.6").packed)
+    lab.reopen()
+    lab.publish(TEXT)
+    assert lab.views()[-1] == (HOST, None, SEVERAL[:3], "dynamic", True)
+    assert in_use(lab) == [SEVERAL[:2]]
+    lab.remove(HOST)
+    assert in_use(lab) == []
+
+
+def test_a_group_is_made_once_and_its_id_never_means_anything_else(lab: Lab) -> None:
+    def groups() -> set[tuple[int, Group]]:
+        with lab.registry.reading() as txn:
+            found = lab.registry.routes.groups_in_use(txn)
+        reader = lab.registry.reader()
+        return {(id_, group) for id_ in found if (group := reader.group(id_)) is not None}
+
+    lab.registry.routes.put("web", HOST, SEVERAL[:2], None, "hash")
+    before = groups()
+    lab.registry.routes.put("web", {"http.host": "b.example"}, SEVERAL[:2], None, "hash")
+    assert groups() == before
+    lab.remove(HOST)
+    assert groups() == before
+    lab.registry.routes.put("web", {"http.host": "b.example"}, SEVERAL[1::-1], None, "hash")
+    after = groups()
+    assert after != before
+    lab.registry.routes.put("web", HOST, SEVERAL[:2], None, "hash")
+    assert groups() == before | after
+
+
+def test_a_group_is_for_use_while_all_its_members_are(lab: Lab) -> None:
+    worker = lab.worker()
+    targets = ["10.64.0.5:80", {"address": "192.0.2.9:80", "external": True}]
+    lab.registry.routes.put("web", HOST, targets, None, "first-alive")
+    assert worker.ask("a.example") == "10.64.0.5:80"
+    lab.publish(TEXT.replace("10.64.0.0/24", "10.64.0.0/25").replace("10.64.0.99", "10.64.0.9"))
+    assert worker.ask("a.example") == "10.64.0.5:80"
+    moved = TEXT.replace("10.64.0.", "10.65.0.")
+    lab.publish(moved)
+    assert lab.views()[-1] == (HOST, None, ["10.64.0.5:80", "192.0.2.9:80"], "dynamic", False)
+    assert worker.ask("a.example") is None
+    lab.publish(TEXT)
+    assert worker.ask("a.example") == "10.64.0.5:80"
+
+
+def test_static_groups_and_those_of_defaults_are_in_use_too(lab: Lab) -> None:
+    text = TEXT.replace('default = "10.64.0.99:80"', 'default = ["10.64.0.98:80", "10.64.0.99:80"]\nchoose = "hash"')
+    text = text.replace(
+        '["10.64.0.1:8080", "[fd00:64::1]:8080"]', '["10.64.0.1:80", "10.64.0.3:80"]\nchoose = "round-robin"'
+    )
+    lab.publish(text)
+    assert in_use(lab) == [["10.64.0.1:80", "10.64.0.3:80"], ["10.64.0.98:80", "10.64.0.99:80"]]
+    views, _ = lab.registry.routes.page("web", "", 1)
+    assert (views[0].targets, views[0].choose) == (["10.64.0.1:80", "10.64.0.3:80"], "round-robin")
+    lab.publish(TEXT)
+    assert in_use(lab) == []
+
+
+def test_what_several_targets_must_be(lab: Lab) -> None:
+    put = lab.registry.routes.put
+    for arguments, field, message in (
+        ((SEVERAL, None), "target[1]", "choose must say how one is chosen"),
+        ((SEVERAL, None, "any"), "choose", 'not "any"'),
+        ((SEVERAL, None, "hash", "tls.sni"), "hash", "which inspect does not name"),
+        ((SEVERAL, None, None, "http.host"), "hash", 'unless choose = "hash"'),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            put("web", HOST, *arguments)
+        assert (caught.value.code, caught.value.field) == ("invalid", field)
+
+
+# ---- the plan ----
 
 
 def test_the_first_route_of_a_shape_and_the_last_one_change_the_plan(lab: Lab) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,8 @@ def text_of(registry: Registry) -> bytes:
     return b"".join(transfer.export(registry))
 
 
-ROUTES: list[tuple[str, dict[str, object], object, str | None]] = [
+OUTSIDE = {"address": "192.0.2.1:1", "external": True}
+ROUTES: list[tuple[Any, ...]] = [
     ("web", {"http.host": "b.example"}, "10.64.0.1:80", None),
     ("web", {"http.host": "a.example", "http.path": "/x/*"}, ["10.64.0.2:80", "[fd00:64::2]:same"], None),
     ("web", {"http.host": "*.example"}, "10.64.0.3:80", "198.51.100.0/24"),
@@ -59,6 +61,8 @@ ROUTES: list[tuple[str, dict[str, object], object, str | None]] = [
     ("web", {"regex": '^a\u00e9.*"$'}, "10.64.0.4:80", None),
     ("dns", {"portext.dst": 7}, "10.64.0.5:53", None),
     ("dns", {"dns.qname": "x.example"}, "10.64.0.5:53", None),
+    ("web", {"http.host": "h.example"}, ["10.64.0.6:80", "10.64.0.5:80"], None, "hash", "http.cookie.sid"),
+    ("web", {"http.host": "r.example"}, ["10.64.0.6:80", "10.64.0.5:80", OUTSIDE], None, "round-robin"),
 ]
 
 
@@ -82,11 +86,11 @@ def test_what_was_exported_and_imported_is_exported_again_as_the_same_text(regis
     registry.leases.release("c", NOW)
     text = text_of(registry)
     kinds = [json.loads(line)["kind"] for line in text.splitlines()]
-    assert kinds == ["registry"] + ["route"] * 9 + ["lease"] * 3 + ["released"]
+    assert kinds == ["registry"] + ["route"] * 11 + ["lease"] * 3 + ["released"]
     other = opened(tmp_path / "two")
-    assert transfer.load(other, text) == transfer.Loaded(added=13)
+    assert transfer.load(other, text) == transfer.Loaded(added=15)
     assert text_of(other) == text
-    assert transfer.load(other, text) == transfer.Loaded(unchanged=13)
+    assert transfer.load(other, text) == transfer.Loaded(unchanged=15)
     # And means the same: who had an alias gets it back, others wait.
     for each in (registry, other):
         lease(each, "e")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from steerd.cli.common import new_app
 from steerd.cli.ctl import ask, given, show
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
+from steerd.model import Policy
 
 NAME, PLURAL = "route", "routes"
 app = new_app("Routes: those of the configuration, and others that come and go.")
@@ -23,15 +26,29 @@ def list_routes(service: given.Service, config: Config = DEFAULT_CONFIG, as_json
 @app.command("add")
 def add_route(
     service: given.Service,
-    targets: given.Targets,
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="ADDRESS:PORT, or ADDRESS:same; one for each address family, or several with --choose.",
+            metavar="TARGET",
+        ),
+    ],
     key: given.Conditions = None,
     source: given.Source = None,
+    choose: Annotated[
+        Policy | None, typer.Option(help="How one of several targets of an address family is chosen.")
+    ] = None,
+    hash_: Annotated[
+        str | None,
+        typer.Option("--hash", help="For hash: the key whose value says it; `source` is the client's address."),
+    ] = None,
     external: given.External = False,
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
     """Define a route, or give it another target; it counts from the next connection on."""
     body = {"when": given.conditions(key), "source": source, "target": given.targets(targets, external)}
+    body |= {"choose": choose, "hash": hash_}
     made = ask.request(config, "PUT", "services", service, "routes", body=body)
     show.said(made, f"{show.conditions(made)}: {', '.join(made['targets'])}", as_json)
 
@@ -54,4 +71,7 @@ def remove_route(
 def _row(route: dict[str, Any]) -> tuple[str, ...]:
     origin = route["origin"] if route["place"] is None else f"static ({route['place']})"
     state = "in force" if route["usable"] else "not in force under this configuration"
-    return show.conditions(route), route["source"] or "", ", ".join(route["targets"]), origin, state
+    targets = ", ".join(route["targets"])
+    if route["choose"]:
+        targets += f" ({route['choose']}{' of ' + route['hash'] if route['hash'] else ''})"
+    return show.conditions(route), route["source"] or "", targets, origin, state

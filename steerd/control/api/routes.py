@@ -22,6 +22,8 @@ class RouteBody(Struct, frozen=True, forbid_unknown_fields=True):
     when: dict[str, str | int]
     target: Any
     source: str | None = None
+    choose: str | None = None
+    hash: str | None = None
 
 
 class RouteQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +47,9 @@ def list_routes(context: Context, request: Request[OfService, Page, Nothing]) ->
 
 def put_route(context: Context, request: Request[OfService, Nothing, RouteBody]) -> Answer:
     body = request.body
-    view, is_new = context.registry.routes.put(request.path.service, body.when, body.target, body.source)
+    view, is_new = context.registry.routes.put(
+        request.path.service, body.when, body.target, body.source, body.choose, body.hash
+    )
     return Answer(201 if is_new else 200, view)
 
 
