@@ -16,7 +16,7 @@ help:
 	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
 	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
-	@echo "make test-long        transfers of 1 GB through loss and reordering"
+	@echo "make test-long        transfers of 1 GB through loss and reordering, a minute of reloads under load"
 	@echo "make lint unit netns  parts of 'make test'"
 	@echo "make clean            remove .venv and caches"
 
@@ -47,7 +47,7 @@ netns: setup-programs
 	$(AS_ROOT) $(PYTHON) -m pytest -q tests/netns
 
 test-long: setup-programs
-	$(AS_ROOT) env STEERD_LONG=1 $(PYTHON) -m pytest -q --timeout 3600 tests/netns/test_late_transfers.py
+	$(AS_ROOT) env STEERD_LONG=1 $(PYTHON) -m pytest -q --timeout 3600 tests/netns/test_late_transfers.py tests/netns/test_reload.py
 
 test-vm: setup
 	$(AS_ROOT) $(if $(KERNEL),KERNEL=$(KERNEL)) tests/vm/pytest

@@ -283,15 +283,19 @@ class Config(Struct, frozen=True):
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Read and check a configuration file; raises ConfigError with every mistake in it, or why it cannot be read."""
+    return parse(read(path), os.fspath(path))
+
+
+def read(path: str | os.PathLike[str]) -> str:
+    """What a configuration file says, unchecked; raises ConfigError if it cannot be read."""
     file = os.fspath(path)
     try:
-        text = Path(file).read_bytes().decode("utf-8")
+        return Path(file).read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(file, [Problem("file", f"Cannot be read: {error.strerror}.")]) from error
     except UnicodeDecodeError as error:
         message = f"Is not text in UTF-8: the byte at offset {error.start} does not belong there."
         raise ConfigError(file, [Problem("file", message)]) from error
-    return parse(text, file)
 
 
 def parse(text: str, file: str) -> Config:

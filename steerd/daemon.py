@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -32,6 +32,7 @@ from steerd.control.claims import Collector
 from steerd.control.registry import Registry
 from steerd.control.states import States
 from steerd.core.engine import Plan
+from steerd.core.pools import Pool
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack
@@ -222,11 +223,16 @@ class Daemon:
         self._is_ready = False
         # What the last reload was refused for.
         self._refused: SteerdError | None = None
+        # Of the file that is in force, if a reload has read it.
+        self._text: str | None = None
         # Who waits for the next reload.
         self._awaiting_reload: list[asyncio.Future[SteerdError | None]] = []
-        # The listeners on the wildcard address, and our rules, as the table had them when we last loaded or looked.
+        # The listeners on the wildcard address, our rules and our elements, as the table had them when we last changed
+        # it, or looked.
         self._wildcard_ports: set[tuple[int, int]] = set()
+        self._loaded: ruleset.Loaded | None = None
         self._rules: set[tuple[int, str, int]] = set()
+        self._elements: dict[str, bytes] = {}
         self._nftables = Nftables()
         self._native_queue = ruleset.has_native_queue()
         self._sysctl_trouble = ""
@@ -442,20 +448,54 @@ class Daemon:
         return counted
 
     def _load_table(self, config: Config, *, empty_targets: bool = False) -> None:
-        if any(service.is_late for service in config.services):
-            self._set_sysctls(config)
-        settings = settings_of(config, handshake.measure())
-        contents = contents_of(config)
-        ruleset.load(settings, contents, native=self._native_queue, empty_targets=empty_targets)
-        if contents.datagram:
-            # A client, or its daemon, that goes on sending from one port would keep alive for ever what conntrack noted
-            # while the table was not there.
-            prefixes = [prefix for pool in config.pools.values() for prefix in pool.prefixes]
-            with contextlib.closing(Conntrack()) as conntrack:
-                conntrack.forget_unsteered(contents.datagram, prefixes)
-        self._rules = ruleset.our_rules(self._nftables)
+        """All of the table, whatever is there."""
+        settings, contents = self._wanted_of(config)
+        self._note(ruleset.load(settings, contents, native=self._native_queue, empty_targets=empty_targets))
+        self._forget_unsteered(contents, contents.datagram, contents.pools)
         self._wildcard_ports = set()
         self._set_wildcard_ports()
+
+    def _change_table(self, config: Config) -> None:
+        """What another configuration changes in the table, in one transaction."""
+        before = self._loaded
+        assert before is not None  # the table is loaded before anything else may happen
+        is_as_noted = (
+            self._rules <= ruleset.our_rules(self._nftables) and ruleset.our_elements(self._nftables) == self._elements
+        )
+        if not is_as_noted:
+            self._load_table(config)
+            self._counters.next_generation()
+            return
+        settings, contents = self._wanted_of(config)
+        now = ruleset.change(before, settings, contents, native=self._native_queue)
+        if now == before:
+            return
+        self._note(now)
+        if now.rules != before.rules:
+            # It may be another handshake that clients are told of.
+            self._counters.next_generation()
+        datagram = [e for e in contents.datagram if e not in before.contents.datagram]
+        pools = [pool for pool in contents.pools if pool not in before.contents.pools]
+        self._forget_unsteered(contents, datagram, pools)
+
+    def _wanted_of(self, config: Config) -> tuple[ruleset.Settings, ruleset.Contents]:
+        if any(service.is_late for service in config.services):
+            self._set_sysctls(config)
+        return settings_of(config, handshake.measure()), contents_of(config)
+
+    def _note(self, loaded: ruleset.Loaded) -> None:
+        self._loaded = loaded
+        self._rules = ruleset.our_rules(self._nftables)
+        self._elements = ruleset.our_elements(self._nftables)
+
+    @staticmethod
+    def _forget_unsteered(contents: ruleset.Contents, endpoints: Collection[Endpoint], pools: Collection[Pool]) -> None:
+        """A client of these endpoints, or a daemon in these pools, that goes on sending from one port would keep alive
+        for ever what conntrack noted while the table did not know them."""
+        if contents.datagram and (endpoints or pools):
+            prefixes = [prefix for pool in pools for prefix in pool.prefixes]
+            with contextlib.closing(Conntrack()) as conntrack:
+                conntrack.forget_unsteered(endpoints, prefixes)
 
     def _set_sysctls(self, config: Config) -> None:
         """What late steering needs; told before it is done, since some of it is felt on the whole host."""
@@ -566,47 +606,60 @@ class Daemon:
                     done.set_result(problem)
 
     async def _reload_once(self) -> SteerdError | None:
+        begun = time.monotonic()
         try:
-            new = await asyncio.to_thread(configuration.load, self._config.file)
+            new, text = await asyncio.to_thread(self._read)
             async with self._changing_aliases, self._changing_table:
                 await asyncio.to_thread(self._apply, new)
         except SteerdError as error:
             self._log.error("not reloaded; the running configuration stays", why=str(error))
             return error
+        self._text = text
+        seconds = round(time.monotonic() - begun, 3)
+        self._log.info("reloaded", file=new.file, services=len(new.services), seconds=seconds)
         return None
 
     def _publish(self, config: Config) -> Plan:
         # Before the workers see the plan, so that they find the names of its services.
         self._counters.name_series((service.name, service.inspect) for service in config.services)
-        plan = self._registry.publish(config)
-        self._counters.next_generation()
-        return plan
+        return self._registry.publish(config)
 
     def set_log(self, switch: LogSwitch) -> None:
         """What is logged from now on, by this process and by the workers."""
         logs.set_level(switch.level)
         self._counters.log = switch
 
+    def _read(self) -> tuple[Config, str]:
+        """The configuration file as it is now, and its text."""
+        text = configuration.read(self._config.file)
+        return (self._config if text == self._text else configuration.parse(text, self._config.file)), text
+
     def _apply(self, new: Config) -> None:
         """Put a new configuration in force: what it adds first, what it takes away last."""
+        old = self._config
         for key in FIXED:
-            if attrgetter(key)(new.gateway) != attrgetter(key)(self._config.gateway):
+            if attrgetter(key)(new.gateway) != attrgetter(key)(old.gateway):
                 name = "mark_bits" if key == "mark" else key
                 raise SteerdError(f"{new.file}: gateway.{name} changed, which needs a restart of the daemon")
         if sentence := privileges.lacking(new):
             raise SteerdError(sentence)
-        aliases.reconcile([*new.pools.values(), *self._config.pools.values()])
+        if new.pools != old.pools:
+            aliases.reconcile([*new.pools.values(), *old.pools.values()])
         try:
-            self._publish(new)
-            self._load_table(new)
+            if new is not old:
+                self._publish(new)
+            self._change_table(new)
+            self._config = new
         except SteerdError:
-            self._publish(self._config)
+            self._publish(old)
+            with contextlib.suppress(SteerdError):  # which is what went wrong, then, and has changed nothing
+                self._change_table(old)
             raise
-        if _log_switch(new) != _log_switch(self._config):
+        finally:
+            if new.pools != old.pools:
+                aliases.reconcile(list(self._config.pools.values()))
+        if _log_switch(new) != _log_switch(old):
             self.set_log(_log_switch(new))
-        self._config = new
-        aliases.reconcile(list(new.pools.values()))
-        self._log.info("reloaded", file=str(new.file), services=len(new.services))
 
 
 class _LeaseEffects:

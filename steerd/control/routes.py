@@ -167,12 +167,19 @@ class _Force:
         self.config = config
         self.places = Places(config)
         self.services = {service.name: service for service in config.services}
-        self.checkers = {service.name: RouteChecker(config, service) for service in config.services}
+        self._checkers: dict[str, RouteChecker] = {}
         self.static: dict[str, dict[Shape, list[Route]]] = {}
         for service in config.services:
             shapes = self.static[service.name] = {}
             for route in service.routes:
                 shapes.setdefault(shape_of(route), []).append(route)
+
+    def checker(self, service: str) -> RouteChecker:
+        """Checks routes of a service. Made when it is needed: most configurations are never asked."""
+        found = self._checkers.get(service)
+        if found is None:
+            found = self._checkers[service] = RouteChecker(self.config, self.services[service])
+        return found
 
 
 Change = Literal["added", "changed", "unchanged"]
@@ -278,17 +285,15 @@ class RouteTable:
         transaction is on the disk.
         """
         force = _Force(config)
-        txn.drop(self._static, delete=False)
-        entries: list[tuple[bytes, bytes]] = []
+        entries: dict[bytes, bytes] = {}
         groups: set[int] = set()
         for service in config.services:
             compiled = compile_routes(service.routes, service.key_order, partial(self._number, service.name))
             found = [ids.for_targets(route.targets, route.choice, force.places.in_pool) for route in service.routes]
             packed = [each.pack() for each in found]
             groups.update(id_ for each in found for id_ in (each.ipv4, each.ipv6) if id_ >= GROUP)
-            entries += ((key, packed[place] + _ID.pack(place)) for key, place in compiled.entries)
-        with txn.cursor(db=self._static) as cursor:
-            cursor.putmulti(sorted(entries))
+            entries.update((key, packed[place] + _ID.pack(place)) for key, place in compiled.entries)
+        self._replace_static(txn, entries)
         self._look_at_targets(txn, force)
         self._plan_is_stale = False
 
@@ -297,6 +302,15 @@ class RouteTable:
             self._static_groups = frozenset(groups)
 
         return {service.name: list(self._probes(force, service)) for service in config.services}, took_effect
+
+    def _replace_static(self, txn: lmdb.Transaction[bytes], entries: dict[bytes, bytes]) -> None:
+        """Make the static routes these, and write only what differs."""
+        with txn.cursor(db=self._static) as cursor:
+            before = {bytes(key): bytes(value) for key, value in cursor}
+        for key in before.keys() - entries.keys():
+            txn.delete(key, db=self._static)
+        with txn.cursor(db=self._static) as cursor:
+            cursor.putmulti(sorted(entries.items() - before.items()))
 
     def parsers(self, txn: lmdb.Transaction[bytes], service: Service, names: Iterable[str]) -> list[PayloadParser]:
         """Parsers of a service, with the values of all its routes that they must know. Raises RegistryError for more
@@ -433,7 +447,7 @@ class RouteTable:
         """The route of a request, checked by itself. Raises RequestError."""
         with self._store.lock:
             try:
-                return self.of(service)[0].checkers[service].check(when, target, source, choose, hash_)
+                return self.of(service)[0].checker(service).check(when, target, source, choose, hash_)
             except ConfigError as error:
                 raise _not_right(error) from error
 
@@ -441,7 +455,7 @@ class RouteTable:
         """What the route of a request matches, without targets. Raises RequestError."""
         with self._store.lock:
             try:
-                return self.of(service)[0].checkers[service].check_match(when, source)
+                return self.of(service)[0].checker(service).check_match(when, source)
             except ConfigError as error:
                 raise _not_right(error) from error
 

@@ -126,7 +126,9 @@ class SessionTable:
         for key, record in changed:
             txn.put(key, _encode(record), db=self._sessions)
         for key, entry in sorted(written.items()):
-            self._write(txn, key, self._record(txn, ids, places, key, entry, of_configuration=True))
+            record = self._record(txn, ids, places, key, entry, of_configuration=True)
+            if txn.get(key, db=self._sessions) != _encode(record):
+                self._write(txn, key, record)
 
         def took_effect() -> None:
             self._config, self._services = config, {service.name: service for service in config.services}

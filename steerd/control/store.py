@@ -133,8 +133,11 @@ class Store:
         return group_of(txn, self._groups, group_id)
 
     def put_plan(self, txn: lmdb.Transaction[bytes], plan: Plan) -> None:
-        """What workers follow from the end of this transaction on."""
-        txn.put(b"plan", msgspec.msgpack.encode(plan), db=self._plan)
+        """What workers follow from the end of this transaction on. One that says what is in force is no new one."""
+        packed_plan = msgspec.msgpack.encode(plan)
+        if txn.get(b"plan", db=self._plan) == packed_plan:
+            return
+        txn.put(b"plan", packed_plan, db=self._plan)
         packed = txn.get(b"serial", db=self._plan)
         serial = 0 if packed is None else int(_SERIAL.unpack(packed)[0])
         txn.put(b"serial", _SERIAL.pack(serial + 1), db=self._plan)

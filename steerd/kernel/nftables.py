@@ -146,6 +146,11 @@ class Nftables:
                 found.append(Element(name, attributes(parts[_ELEMENT_KEY])[_DATA_VALUE], data))
         return found
 
+    def listing(self, name: str) -> bytes:
+        """The elements of a set as the kernel lists them, undecoded; b"" if there is no such thing."""
+        about = attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0") + attribute(_ELEMENTS_SET, name.encode() + b"\0")
+        return b"".join(body for _, body in self._dump(_GETSETELEM, _NFPROTO_INET, about, f"does not list {name}"))
+
     def rules(self, family: int, table: str) -> list[Rule]:
         """All rules of a table, [] if there is no such table; family 1 is inet, 2 IPv4, 10 IPv6."""
         about = attribute(_RULE_TABLE, table.encode() + b"\0")

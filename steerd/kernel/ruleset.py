@@ -92,6 +92,9 @@ class Contents(NamedTuple):
     """Targets, or whole pools with a port (0: any), whose daemons may be bound to the wildcard address."""
 
 
+_NOTHING = Contents(*[()] * len(Contents._fields))
+
+
 def template_path() -> Path:
     """Where nft/steerd.nft is: beside the package in a checkout, under share/ where it was installed."""
     checkout = Path(__file__).resolve().parents[2] / "nft" / "steerd.nft"
@@ -160,42 +163,68 @@ def _fallback_mark(mark: MarkLayout, number: int) -> int:
     return mark.flag | mark.field(number)
 
 
+def elements(contents: Contents, version: int) -> dict[str, list[str]]:
+    """What each of the daemon's sets for an IP version holds, as nft writes it."""
+    found = {
+        f"endpoints{version}": [
+            f"{e.address} . {e.protocol} . {_ports(e)}" for e in contents.endpoints if e.address.version == version
+        ]
+    }
+    for name, endpoints in (
+        ("early", contents.early),
+        ("every_syn", contents.every_syn),
+        ("late", contents.late),
+        ("silent", contents.silent),
+        ("datagram", contents.datagram),
+        ("query", contents.query),
+        ("rebinding", contents.rebinding),
+        ("quic", contents.quic),
+    ):
+        found[f"{name}{version}"] = [f"{e.address} . {_ports(e)}" for e in endpoints if e.address.version == version]
+    found[f"aliases{version}"] = [
+        str(prefix) for pool in contents.pools for prefix in pool.prefixes if prefix.version == version
+    ]
+    found[f"wildcard{version}"] = list(_wildcards(contents, version))
+    return found
+
+
 def fill(contents: Contents) -> str:
-    """nft commands that make the daemon's sets hold exactly these contents."""
+    """nft commands that make the daemon's sets hold exactly these contents, whatever they held."""
     lines: list[str] = []
-
-    def replace(name: str, elements: Iterable[str]) -> None:
-        lines.append(f"flush set inet {TABLE} {name}")
-        listed = ", ".join(elements)
-        if listed:
-            lines.append(f"add element inet {TABLE} {name} {{ {listed} }}")
-
     for version in (4, 6):
-        replace(
-            f"endpoints{version}",
-            (f"{e.address} . {e.protocol} . {_ports(e)}" for e in contents.endpoints if e.address.version == version),
-        )
-        for name, endpoints in (
-            ("early", contents.early),
-            ("every_syn", contents.every_syn),
-            ("late", contents.late),
-            ("silent", contents.silent),
-            ("datagram", contents.datagram),
-            ("query", contents.query),
-            ("rebinding", contents.rebinding),
-            ("quic", contents.quic),
-        ):
-            replace(
-                f"{name}{version}",
-                (f"{e.address} . {_ports(e)}" for e in endpoints if e.address.version == version),
-            )
-        replace(
-            f"aliases{version}",
-            (str(prefix) for pool in contents.pools for prefix in pool.prefixes if prefix.version == version),
-        )
-        replace(f"wildcard{version}", _wildcards(contents, version))
+        for name, listed in elements(contents, version).items():
+            lines.append(f"flush set inet {TABLE} {name}")
+            lines += _of_set("add", name, listed)
         lines += _idle_rules(contents, version)
     return "\n".join(lines) + "\n"
+
+
+def difference(before: Contents, after: Contents) -> str:
+    """nft commands that lead from one to the other; "" if both say the same.
+
+    What stays is left alone. An element that is taken away and put back in one transaction is not found for a moment by
+    kernels before 6.17, in sets of ranges (nft_pipapo_commit in net/netfilter/nft_set_pipapo.c comes after the change
+    of generation): a connection that came then would not be steered.
+    """
+    lines: list[str] = []
+    for version in (4, 6):
+        had, has = elements(before, version), elements(after, version)
+        for name, listed in has.items():
+            lines += _of_set("delete", name, _without(had[name], listed))
+            lines += _of_set("add", name, _without(listed, had[name]))
+        rules = list(_idle_rules(after, version))
+        if rules != list(_idle_rules(before, version)):
+            lines += rules
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _of_set(verb: str, name: str, listed: list[str]) -> list[str]:
+    return [f"{verb} element inet {TABLE} {name} {{ {', '.join(listed)} }}"] if listed else []
+
+
+def _without(listed: list[str], others: list[str]) -> list[str]:
+    known = set(others)
+    return [element for element in listed if element not in known]
 
 
 def _idle_rules(contents: Contents, version: int) -> Iterable[str]:
@@ -323,15 +352,24 @@ def has_native_queue() -> bool:
     return not _run(["nft", "--check", "-f", "-"], "table inet steerd_probe { chain probe { queue num 0 ; } ; }").failed
 
 
-def load(settings: Settings, contents: Contents, *, native: bool, empty_targets: bool) -> None:
-    """Load the table with these settings and contents in one transaction.
+class Loaded(NamedTuple):
+    """What a load or a change has put into the table."""
+
+    rules: str
+    """As nft commands."""
+    contents: Contents
+
+
+def load(settings: Settings, contents: Contents, *, native: bool, empty_targets: bool) -> Loaded:
+    """Load the table with these settings and contents in one transaction, whatever is there.
 
     What is there already is brought up to date: the operator's chain `admit` and counters stay. `empty_targets` is for
     a start, when no worker runs that believes its targets to be in the maps, and only if they do not agree any more
     (`targets_agree`): what was learnt of QUIC connections goes with them. `native`: see has_native_queue. Raises
     KernelError if the kernel refuses.
     """
-    text = render(template_path().read_text(), settings, native=native) + fill(contents)
+    rules = render(template_path().read_text(), settings, native=native)
+    text = rules + fill(contents)
     if empty_targets:
         text += flush_targets()
     with contextlib.closing(Nftables()) as nftables:
@@ -341,8 +379,31 @@ def load(settings: Settings, contents: Contents, *, native: bool, empty_targets:
         _remove_fallback()
     else:
         # First the rules that take marked packets, then the table that marks them: in between nothing is let through.
-        _install_fallback(settings, FALLBACK_TABLES if contents.query else ("mangle",))
+        _install_fallback(settings, _fallback_tables(contents))
     _nft(text)
+    return Loaded(rules, contents)
+
+
+def change(loaded: Loaded, settings: Settings, contents: Contents, *, native: bool) -> Loaded:
+    """Lead the table from what was loaded (and is there: `our_rules`, `our_elements`) to this, in one transaction that
+    touches only what differs; none if nothing does. `mark`, `first_queue` and `queues` of the settings must be the
+    same. Raises KernelError if the kernel refuses; then nothing has changed."""
+    rules = render(template_path().read_text(), settings, native=native)
+    text = (rules if rules != loaded.rules else "") + difference(loaded.contents, contents)
+    if not native and not set(_fallback_tables(contents)) <= set(_fallback_tables(loaded.contents)):
+        _install_fallback(settings, _fallback_tables(contents))
+    if text:
+        _nft(text)
+    return Loaded(rules, contents)
+
+
+def _fallback_tables(contents: Contents) -> tuple[str, ...]:
+    return FALLBACK_TABLES if contents.query else ("mangle",)
+
+
+def our_elements(nftables: Nftables) -> dict[str, bytes]:
+    """What the kernel says of the elements of each of the daemon's sets: the same as long as nobody changes them."""
+    return {name: nftables.listing(name) for version in (4, 6) for name in elements(_NOTHING, version)}
 
 
 def our_rules(nftables: Nftables) -> set[tuple[int, str, int]]:

@@ -72,7 +72,7 @@ def connect(version: int, port: int, source: str, source_port: int) -> socket.so
 
 def exchange(client: socket.socket, request: bytes, ending: str) -> tuple[str, int]:
     """The address of the daemon that answered, and how many bytes came back after its line. The connection is ended,
-    or will be when the socket is closed."""
+    or will be when the socket is closed; with the ending "stay" nothing is done to that end."""
     client.sendall(request)
     answer = b""
     while answer.count(b"\n") < 1 or len(answer.partition(b"\n")[2]) < len(request):
@@ -84,7 +84,7 @@ def exchange(client: socket.socket, request: bytes, ending: str) -> tuple[str, i
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     elif ending == "vanish":
         client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
-    else:
+    elif ending == "fin":
         client.shutdown(socket.SHUT_WR)
         while data := client.recv(4096):
             answer += data

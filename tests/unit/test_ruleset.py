@@ -283,6 +283,22 @@ def test_every_set_is_emptied_before_it_is_filled() -> None:
             assert lines.index(f"flush set inet steerd {name}") < lines.index(line)
 
 
+def test_a_difference_names_only_what_comes_and_goes() -> None:
+    stays, goes, comes = endpoint("203.0.113.10", 443), endpoint("203.0.113.10", 80, 90), endpoint("2001:db8::10", 80)
+    before = NOTHING._replace(late=(stays, goes), idle=((stays, IdleTimeouts(5, 10)),))
+    after = before._replace(late=(stays, comes), pools=(POOL,))
+    assert ruleset.difference(before, before) == ""
+    assert ruleset.difference(before, after).splitlines() == [
+        "delete element inet steerd late4 { 203.0.113.10 . 80-90 }",
+        "add element inet steerd aliases4 { 10.64.0.0/29, 10.64.0.8/32 }",
+        "add element inet steerd late6 { 2001:db8::10 . 80 }",
+    ]
+    other_times = after._replace(idle=((stays, IdleTimeouts(5, 20)),))
+    changed = ruleset.difference(after, other_times).splitlines()
+    assert changed == [line for line in commands(other_times) if "udp4" in line or line.endswith(" idle4")]
+    assert len(changed) == 3
+
+
 def test_what_the_daemon_fills_in_are_sets_of_the_template() -> None:
     made = config.parse(SERVICE, "steerd.toml")
     names = {line.split()[4] for line in commands(contents_of(made)) if line.split()[1] in ("set", "element")}
