@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -28,6 +29,7 @@ from steerd import config as configuration
 from steerd import privileges
 from steerd.config import QUIC, Config, Service, Unextended
 from steerd.control.api import Api, Context
+from steerd.control.api.context import ConntrackUse, LogSettings, Machinery, WorkerStatus
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
 from steerd.control.states import States
@@ -42,7 +44,7 @@ from steerd.kernel.notify import Notifier
 from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason
 from steerd.privileges import Standing
 from steerd.telemetry import logs
-from steerd.telemetry.counters import Counters, Extra, LogSwitch
+from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
 from steerd.worker import READY, WorkerSettings
 
 FIXED = (
@@ -200,6 +202,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._started = time.time()
         self._lock = take_lock(config.gateway.run_dir)
         self._log = logs.configure(process="main", style=config.gateway.log.format)
         self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
@@ -580,6 +583,45 @@ class Daemon:
             except (SteerdError, OSError) as error:
                 self._log.error("leases cannot be ended; trying again", why=str(error))
 
+    def status(self) -> Machinery:
+        """As control.api.Machine."""
+        gateway = self._config.gateway
+        try:
+            queues = queue.states()
+        except KernelError:  # this user may not look: the log says so
+            queues = {}
+        try:
+            with contextlib.closing(Nftables()) as nftables:
+                kernel = nftables.counters()
+        except (KernelError, OSError):
+            kernel = None
+        return Machinery(
+            version=metadata.version("steerd"),
+            pid=os.getpid(),
+            started=self._started,
+            refused_reload=None if self._refused is None else str(self._refused),
+            workers=[
+                self._worker_status(index, queues.get(gateway.first_queue + index)) for index in range(gateway.workers)
+            ],
+            decisions=total_decisions(self._counters),
+            counters={extra.name.lower(): self._counters.total(extra) for extra in Extra},
+            gauges={gauge.name.lower(): self._counters.total(gauge) for gauge in Gauge},
+            kernel=kernel,
+            conntrack=_conntrack_use(),
+        )
+
+    def _worker_status(self, index: int, state: queue.QueueState | None) -> WorkerStatus:
+        number = self._config.gateway.first_queue + index
+        is_bound = index in self._bound
+        if state is None:
+            return WorkerStatus(index, number, is_bound, None, None, None, None)
+        dropped = state.queue_dropped, state.user_dropped
+        return WorkerStatus(index, number, is_bound, state.owner, state.waiting, *dropped)
+
+    def target_state(self, target_id: int) -> int:
+        """As control.api.Machine."""
+        return self._states.get(target_id) if target_id <= self._states.highest_id else 0
+
     async def reload(self) -> SteerdError | None:
         """Put the configuration file in force, as it is now. Returns None once it is in force; else why it is not, a
         ConfigError with every mistake, or what the kernel or the registry refused, and what was in force still is.
@@ -623,6 +665,16 @@ class Daemon:
         # Before the workers see the plan, so that they find the names of its services.
         self._counters.name_series((service.name, service.inspect) for service in config.services)
         return self._registry.publish(config)
+
+    def log_settings(self) -> LogSettings:
+        """As control.api.Machine."""
+        switch = self._counters.log
+        return LogSettings(next(name for name, level in logs.LEVELS.items() if level == switch.level), switch.access)
+
+    def put_log_settings(self, settings: LogSettings) -> None:
+        """As control.api.Machine."""
+        self.set_log(LogSwitch(logs.LEVELS[settings.level], settings.access_log))
+        self._log.info("logging changed through the API", level=settings.level, access_log=settings.access_log)
 
     def set_log(self, switch: LogSwitch) -> None:
         """What is logged from now on, by this process and by the workers."""
@@ -681,6 +733,16 @@ class _LeaseEffects:
             ruleset.forget_learned(nftables, addresses)
         with contextlib.closing(Conntrack()) as conntrack:
             return conntrack.end_flows_to([address.packed for address in addresses])
+
+
+def _conntrack_use() -> ConntrackUse | None:
+    try:
+        entries, limit = (
+            int(Path(f"/proc/sys/net/netfilter/nf_conntrack_{what}").read_text()) for what in ("count", "max")
+        )
+    except (OSError, ValueError):
+        return None
+    return ConntrackUse(entries, limit)
 
 
 def total_decisions(counters: Counters) -> dict[str, int]:

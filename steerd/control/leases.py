@@ -28,7 +28,7 @@ import ipaddress
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import lmdb
 import msgspec
@@ -42,6 +42,7 @@ from steerd.core.pools import Pool
 from steerd.errors import RegistryError
 from steerd.model import IPAddress
 
+MAX_COUNT = (1 << 63) - 1
 MAX_TTL = 10 * 365 * 86400
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,127}")
 
@@ -91,6 +92,32 @@ class ReleasedView(msgspec.Struct, frozen=True):
     """The end of the quarantine, in seconds since the epoch."""
     flows: int
     """So many were ended."""
+
+
+class PoolView(msgspec.Struct, frozen=True):
+    """One pool for people and programs outside."""
+
+    name: str
+    prefixes: list[str]
+    mode: str
+    ipv4: int
+    """So many aliases."""
+    ipv6: int
+    """At most MAX_COUNT is said: JSON as others read it has no larger numbers."""
+    leased: int
+    quarantined: int
+
+
+class AliasView(msgspec.Struct, frozen=True):
+    """One alias of a pool, in each family that has one of this index."""
+
+    pool: str
+    index: int
+    addresses: list[str]
+    state: Literal["leased", "quarantined", "free"]
+    """Free ones that routes of their own, or the configuration by name, lead to are not leased either."""
+    lease: str | None
+    """The name that has it; of one in quarantine, that had it last."""
 
 
 class LeaseLine(msgspec.Struct, frozen=True, tag_field="kind", tag="lease", omit_defaults=True):
@@ -348,6 +375,50 @@ class LeaseTable:
         """How many leases there are."""
         with self._store.env.begin() as txn:
             return int(txn.stat(self._leases)["entries"])
+
+    def pools(self, now: float) -> list[PoolView]:
+        """All pools of the configuration in force."""
+        with self._store.lock:
+            force = self._in_force()
+            return [
+                PoolView(
+                    name,
+                    [str(prefix) for prefix in pool.prefixes],
+                    pool.mode,
+                    pool.alias_count(4),
+                    min(pool.alias_count(6), MAX_COUNT),
+                    force.seats[name].leased,
+                    force.seats[name].quarantined(now),
+                )
+                for name, pool in sorted(force.config.pools.items())
+            ]
+
+    def aliases(
+        self, pool: str, state: Literal["leased", "quarantined"] | None, first: int, limit: int, now: float
+    ) -> list[AliasView]:
+        """Up to `limit` aliases of a pool, from the index `first` on; of one state, or all of them. Raises RequestError
+        if there is no such pool."""
+        with self._store.lock, self._store.env.begin() as txn:
+            force = self._in_force()
+            if pool not in force.seats:
+                raise RequestError("not_found", "pool", f"{pool} is not a pool of {force.config.file}.")
+            seats = force.seats[pool]
+            every = range(first, min(first + limit, seats.capacity))
+            indices = every if state is None else seats.some(state, first, limit, now)
+            return [self._alias(txn, force, force.config.pools[pool], index, now) for index in indices]
+
+    def _alias(self, txn: lmdb.Transaction[bytes], force: _Force, pool: Pool, index: int, now: float) -> AliasView:
+        addresses = force.addresses(pool, index)
+        seats = force.seats[pool.name]
+        names = (txn.get(address.packed, db=self._routes.leased) for address in addresses)
+        name = next((str(name, "ascii") for name in names if name is not None), None)
+        if name is not None:
+            state: Literal["leased", "quarantined", "free"] = "leased"
+        elif seats.is_quarantined(index, now):
+            state, name = "quarantined", seats.last_holder(index)
+        else:
+            state = "free"
+        return AliasView(pool.name, index, [str(address) for address in addresses], state, name)
 
     def lines(self, txn: lmdb.Transaction[bytes]) -> Iterator[LeaseLine | ReleasedLine]:
         """All leases, by name, then those that have ended, by name and address."""

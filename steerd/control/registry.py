@@ -91,6 +91,16 @@ class Registry:
                 self._groups_seen = txn.id(), groups
             return self._groups_seen[1]
 
+    def targets(self, first: int, limit: int) -> list[tuple[int, Target, str | None]]:
+        """Up to `limit` targets, by id from `first` on, and the name of the lease that has the address of each."""
+        with self.reading() as txn:
+            found = self._store.targets(txn, first, limit)
+            names = (txn.get(target.address.packed, db=self.routes.leased) for _, target in found)
+            return [
+                (id_, target, None if name is None else str(name, "ascii"))
+                for (id_, target), name in zip(found, names, strict=True)
+            ]
+
     def forget_dead_readers(self) -> int:
         """Free the reader slots of workers that were killed; returns how many."""
         return int(self._store.env.reader_check())

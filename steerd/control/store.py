@@ -54,6 +54,7 @@ _MAX_READERS = 512
 _MAX_DATABASES = 32
 
 _ID = struct.Struct("!I")
+_MOST = (1 << 32) - 1
 _SERIAL = struct.Struct("!Q")
 _ID_KEY_TAIL = struct.Struct("!IH")
 _TARGET_HEAD = struct.Struct("!IH")
@@ -131,6 +132,25 @@ class Store:
     def group(self, txn: lmdb.Transaction[bytes], group_id: int) -> Group | None:
         """What the id of a group stands for, or None if it was never given."""
         return group_of(txn, self._groups, group_id)
+
+    def targets(self, txn: lmdb.Transaction[bytes], first: int, limit: int) -> list[tuple[int, Target]]:
+        """Up to `limit` targets with their ids, from the id `first` on."""
+        found: list[tuple[int, Target]] = []
+        with txn.cursor(db=self._targets) as cursor:
+            wanted = _ID.pack(min(first, _MOST))
+            there = cursor.set_range(wanted)
+            if not (there and cursor.key() == wanted):
+                # The block before may reach as far as this.
+                there = cursor.prev() if there else cursor.last()
+                there = there or cursor.first()
+            while there and len(found) < limit:
+                first_id, value = _ID.unpack(cursor.key())[0], cursor.value()
+                length, port = _TARGET_HEAD.unpack_from(value)
+                address = ipaddress.ip_address(bytes(value[_TARGET_HEAD.size :]))
+                for id_ in range(max(first, first_id), min(first_id + length, max(first, first_id) + limit)):
+                    found.append((id_, Target(address + (id_ - first_id), port)))
+                there = cursor.next()
+        return found[:limit]
 
     def put_plan(self, txn: lmdb.Transaction[bytes], plan: Plan) -> None:
         """What workers follow from the end of this transaction on. One that says what is in force is no new one."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import Literal
 
 
 class Seats:
@@ -45,6 +46,17 @@ class Seats:
         """How many are in quarantine."""
         self._end_quarantines(now)
         return len(self._quarantine)
+
+    def is_quarantined(self, index: int, now: float) -> bool:
+        """Whether an index is kept from others than who had it last."""
+        self._end_quarantines(now)
+        return index in self._quarantine
+
+    def some(self, state: Literal["leased", "quarantined"], first: int, limit: int, now: float) -> list[int]:
+        """Up to `limit` indices in this state, from `first` on, in order."""
+        self._end_quarantines(now)
+        found = self._taken if state == "leased" else self._quarantine
+        return heapq.nsmallest(limit, (index for index in found if index >= first))
 
     def choose(self, name: str, now: float, is_used: Callable[[int], bool]) -> int | None:
         """The index that a name would get; None: there is none. Takes nothing yet."""

@@ -24,8 +24,11 @@ from steerd.cli import ctl
 from steerd.control import client
 from steerd.control.api import MAX_PAGE, Api, Context
 from steerd.control.api import server as api_module
+from steerd.control.api.context import ConntrackUse, LogSettings, Machinery, WorkerStatus
 from steerd.control.registry import Registry
+from steerd.core.marks import FIRST_TARGET_ID
 from steerd.errors import ConfigError, Problem, RegistryError, SteerdError
+from steerd.model import DEAD, DRAINED, TCP
 from tests.unit.test_sessions_table import BOTH, TEXT, entry, publish
 
 A = "198.51.100.7"
@@ -41,11 +44,34 @@ D1 = {
 
 
 class Bare:
-    """A machine (control.api.Machine) on which nothing can be done."""
+    """A machine (control.api.Machine) without a kernel."""
+
+    def __init__(self) -> None:
+        self._log = LogSettings("info", 0)
 
     async def reload(self) -> SteerdError | None:
         """The file always has this mistake."""
         return ConfigError("steerd.toml", [Problem("services", "Is missing.")])
+
+    def status(self) -> Machinery:
+        """Of one worker, whose queue is not bound."""
+        worker = WorkerStatus(0, 21300, False, None, None, None, None)
+        use = ConntrackUse(7, 262144)
+        return Machinery(
+            "1", 4711, 1.5, None, [worker], {"route": 7}, {"held": 0}, {"pending_flows": 0}, {"untranslated": 0}, use
+        )
+
+    def target_state(self, target_id: int) -> int:
+        """The first one is drained, the second one is dead."""
+        return {FIRST_TARGET_ID: DRAINED, FIRST_TARGET_ID + 1: DEAD[TCP]}.get(target_id, 0)
+
+    def log_settings(self) -> LogSettings:
+        """What was put last."""
+        return self._log
+
+    def put_log_settings(self, settings: LogSettings) -> None:
+        """Kept."""
+        self._log = settings
 
 
 class Served(NamedTuple):
@@ -464,3 +490,14 @@ def test_a_reload_that_is_refused_says_file_key_and_sentence(api: Served) -> Non
             "problems": [{"key": "services", "message": "Is missing."}],
         },
     )
+
+
+def test_what_is_logged_can_be_changed(api: Served) -> None:
+    assert api.ask("GET", "/v1/log") == (200, {"level": "info", "access_log": 0})
+    wanted = {"level": "warning", "access_log": 100}
+    assert api.ask("PUT", "/v1/log", wanted) == (200, wanted)
+    assert api.ask("GET", "/v1/log") == (200, wanted)
+    for wrong, field in (({"level": "loud"}, "level"), ({"access_log": -1}, "access_log"), ({"x": 1}, "x")):
+        status, problem = api.ask("PUT", "/v1/log", wanted | wrong)
+        assert (status, problem["field"]) == (400, field)
+    assert api.ask("GET", "/v1/log") == (200, wanted)

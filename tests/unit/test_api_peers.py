@@ -105,8 +105,8 @@ def test_who_may_not_is_told_and_the_log_says_so_once(api: Served, monkeypatch: 
         refusal = {
             "code": "forbidden",
             "field": None,
-            "message": f"The user 65533 may not use {asked.path}: it is for root and the group steerd"
-            + (f" and the group {OUR_GROUP}." if asked is not api else "."),
+            "message": f"The user 65533 may not use {asked.path}: it is for root and the group"
+            f" {'steerd' if asked is api else OUR_GROUP}.",
         }
         for url in (SESSIONS, "/v1/openapi.json", "/nothing"):
             assert asked.ask("GET", url) == (403, refusal)
@@ -116,8 +116,7 @@ def test_who_may_not_is_told_and_the_log_says_so_once(api: Served, monkeypatch: 
         assert everything(made).count(b"HTTP/1.1 403") == 1  # and the connection is over
     assert api.refused == [
         f"{api.path}: the user 65533 (process 4711) was refused: it is for root and the group steerd",
-        f"{read_only(api).path}: the user 65533 (process 4711) was refused: it is for root and the group steerd and the"
-        f" group {OUR_GROUP}",
+        f"{read_only(api).path}: the user 65533 (process 4711) was refused: it is for root and the group {OUR_GROUP}",
     ]
 
 
@@ -183,7 +182,7 @@ def test_at_the_read_only_socket_nothing_can_be_changed_and_no_secret_seen(api: 
         message = f"{path} is not for the read-only socket."
         assert (status, answer) == (403, {"code": "forbidden", "field": "path", "message": message})
     else:
-        assert status in (200, 404)
+        assert status in (200, 400, 404)
 
 
 def test_session_ids_routes_and_the_export_are_private() -> None:

@@ -2,10 +2,67 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
+from msgspec import Meta, Struct
+
+from steerd.config import Config
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
+
+
+class WorkerStatus(Struct, frozen=True):
+    """One worker and its queue. Numbers are null where the queue is not bound, or cannot be looked at."""
+
+    worker: int
+    queue: int
+    is_bound: bool
+    owner: int | None
+    """The netlink port of who bound it, nearly always its process id."""
+    waiting: int | None
+    """Packets."""
+    queue_dropped: int | None
+    """Packets, since the queue was bound: it was full."""
+    socket_dropped: int | None
+    """Packets, since the queue was bound: the netlink socket was full."""
+
+
+class ConntrackUse(Struct, frozen=True):
+    """How full conntrack is, with everybody's entries."""
+
+    entries: int
+    limit: int
+
+
+class Machinery(Struct, frozen=True):
+    """How the daemon and the kernel stand."""
+
+    version: str
+    pid: int
+    started: float
+    """Seconds since the epoch."""
+    refused_reload: str | None
+    """Why the last reload was refused; null: it was not."""
+    workers: list[WorkerStatus]
+    decisions: dict[str, int]
+    """By reason, over all workers."""
+    counters: dict[str, int]
+    """What else workers count, over all of them."""
+    gauges: dict[str, int]
+    """What is undecided in the workers now, over all of them."""
+    kernel: dict[str, int] | None
+    """The table's counters, in packets; null: they cannot be read."""
+    conntrack: ConntrackUse | None
+    """Null: it cannot be read."""
+
+
+class LogSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is logged."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    """The least that is logged."""
+    access_log: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+    """Decisions: 0 none but those that failed, 1 every one, N one of N."""
 
 
 class Machine(Protocol):
@@ -15,9 +72,27 @@ class Machine(Protocol):
         """Put what the configuration file says now in force, and come back when it is: with None, or, where what was in
         force stays, with why (ConfigError: the file has mistakes)."""
 
+    def status(self) -> Machinery:
+        """How all stands now. Called in a thread."""
+
+    def target_state(self, target_id: int) -> int:
+        """What is known of a target: bits of model.DRAINED, model.DEAD. Called in a thread."""
+
+    def log_settings(self) -> LogSettings:
+        """What is logged now."""
+
+    def put_log_settings(self, settings: LogSettings) -> None:
+        """Log this from now on, in all processes, until the daemon ends, or a reload brings another
+        setting."""
+
 
 class Context(NamedTuple):
     """All that is known to an operation beside its request."""
 
     registry: Registry
     machine: Machine
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force. Raises RegistryError if there is none yet."""
+        return self.registry.routes.force.config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -9,7 +11,7 @@ from msgspec import Struct
 
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Page, Request
-from steerd.control.api.sessions import OfService
+from steerd.control.api.services import ServiceName
 from steerd.control.routes import RouteView
 from steerd.control.sessions import RequestError
 
@@ -40,12 +42,27 @@ class RoutePage(Struct, frozen=True):
     next: str | None
 
 
-def list_routes(context: Context, request: Request[OfService, Page, Nothing]) -> Answer:
+def list_routes(context: Context, request: Request[ServiceName, Page, Nothing]) -> Answer:
     query = request.query
     return Answer(200, RoutePage(*context.registry.routes.page(request.path.service, query.after, query.limit)))
 
 
-def put_route(context: Context, request: Request[OfService, Nothing, RouteBody]) -> Answer:
+def list_all_routes(context: Context, request: Request[Nothing, Page, Nothing]) -> Answer:
+    # `after` is the name of a service, and behind a colon what its own list calls `after`.
+    services, limit = context.config.services, request.query.limit
+    service, _, after = request.query.after.partition(":")
+    views: list[RouteView] = []
+    for each in services[bisect_left(services, service, key=attrgetter("name")) :]:
+        page, behind = context.registry.routes.page(
+            each.name, after if each.name == service else "", limit - len(views)
+        )
+        views += page
+        if behind is not None:
+            return Answer(200, RoutePage(views, f"{each.name}:{behind}"))
+    return Answer(200, RoutePage(views, None))
+
+
+def put_route(context: Context, request: Request[ServiceName, Nothing, RouteBody]) -> Answer:
     body = request.body
     view, is_new = context.registry.routes.put(
         request.path.service, body.when, body.target, body.source, body.choose, body.hash
@@ -53,7 +70,7 @@ def put_route(context: Context, request: Request[OfService, Nothing, RouteBody])
     return Answer(201 if is_new else 200, view)
 
 
-def delete_route(context: Context, request: Request[OfService, RouteQuery, Nothing]) -> Answer:
+def delete_route(context: Context, request: Request[ServiceName, RouteQuery, Nothing]) -> Answer:
     try:
         when = msgspec.json.decode(request.query.when, type=dict[str, str | int])
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
@@ -64,12 +81,24 @@ def delete_route(context: Context, request: Request[OfService, RouteQuery, Nothi
 
 OPERATIONS: tuple[AnyOperation, ...] = (
     Operation(
+        "listRoutes",
+        "GET",
+        "/v1/routes",
+        "The routes of all services, by service.",
+        handle=list_all_routes,
+        parameters=Nothing,
+        query=Page,
+        body=Nothing,
+        answers={200: RoutePage},
+        private=True,
+    ),
+    Operation(
         "listRoutesOfService",
         "GET",
         OF_SERVICE,
         "The routes of a service, those of the configuration first.",
         handle=list_routes,
-        parameters=OfService,
+        parameters=ServiceName,
         query=Page,
         body=Nothing,
         answers={200: RoutePage},
@@ -82,7 +111,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         OF_SERVICE,
         "Define a route (201); one of the same conditions and source gets the new target (200).",
         handle=put_route,
-        parameters=OfService,
+        parameters=ServiceName,
         query=Nothing,
         body=RouteBody,
         answers={200: RouteView, 201: RouteView},
@@ -94,7 +123,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         OF_SERVICE,
         "Take a route away that was added; its connections go on.",
         handle=delete_route,
-        parameters=OfService,
+        parameters=ServiceName,
         query=RouteQuery,
         body=Nothing,
         answers={204: None},

@@ -90,9 +90,7 @@ class Api:
         `on_fault`, and it is not there."""
         await self._runner.setup()
         group = _number_of(GROUP)
-        ours = () if group is None else (group,)
-        who = f"root and the group {GROUP}"
-        await self._listen(Door(str(self.path), ours, who, read_only=False, on_refused=self._on_refused), group)
+        await self._listen(self._door(self.path, GROUP, group, read_only=False), group)
         self.read_only_path.unlink(missing_ok=True)
         if self._read_only_group is None:
             return
@@ -103,12 +101,14 @@ class Api:
                 " read-only socket"
             )
             return
-        who += f" and the group {self._read_only_group}"
-        door = Door(str(self.read_only_path), (*ours, readers), who, read_only=True, on_refused=self._on_refused)
         try:
-            await self._listen(door, readers)
+            await self._listen(self._door(self.read_only_path, self._read_only_group, readers, read_only=True), readers)
         except SteerdError as error:
             self._on_fault(str(error))
+
+    def _door(self, path: Path, name: str, group: int | None, *, read_only: bool) -> Door:
+        groups = () if group is None else (group,)
+        return Door(str(path), groups, f"root and the group {name}", read_only=read_only, on_refused=self._on_refused)
 
     async def stop(self) -> None:
         """Let requests end that are being answered, and go."""

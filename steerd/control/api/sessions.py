@@ -8,16 +8,11 @@ from msgspec import Struct
 
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Page, Request
+from steerd.control.api.services import ServiceName
 from steerd.control.sessions import SessionView
 
 ALL = "/v1/services/{service}/sessions"
 ONE = "/v1/services/{service}/sessions/{id}"
-
-
-class OfService(Struct, frozen=True):
-    """Which service's."""
-
-    service: str
 
 
 class SessionName(Struct, frozen=True):
@@ -41,7 +36,7 @@ class SessionPage(Struct, frozen=True):
     next: str | None
 
 
-def list_sessions(context: Context, request: Request[OfService, Page, Nothing]) -> Answer:
+def list_sessions(context: Context, request: Request[ServiceName, Page, Nothing]) -> Answer:
     limit = request.query.limit
     found = context.registry.sessions.page(request.path.service, request.query.after, limit + 1)
     page = found[:limit]
@@ -71,7 +66,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         ALL,
         "The sessions of a service, by id.",
         handle=list_sessions,
-        parameters=OfService,
+        parameters=ServiceName,
         query=Page,
         body=Nothing,
         answers={200: SessionPage},

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from steerd.control.api import document, leases, reload, routes, sessions, transfer
+from steerd.control.api import (
+    document,
+    leases,
+    log,
+    pools,
+    reload,
+    routes,
+    services,
+    sessions,
+    status,
+    targets,
+    transfer,
+)
 from steerd.control.api.context import Context
 from steerd.control.api.document import Document
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Request
@@ -24,9 +36,14 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         body=Nothing,
         answers={200: Document},
     ),
+    *status.OPERATIONS,
+    *services.OPERATIONS,
+    *pools.OPERATIONS,
+    *targets.OPERATIONS,
     *sessions.OPERATIONS,
     *routes.OPERATIONS,
     *leases.OPERATIONS,
     *transfer.OPERATIONS,
     *reload.OPERATIONS,
+    *log.OPERATIONS,
 )
