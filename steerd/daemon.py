@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
@@ -36,8 +36,8 @@ from steerd.control.states import States
 from steerd.core.engine import Plan
 from steerd.core.pools import Pool
 from steerd.errors import KernelError, SteerdError
-from steerd.kernel import aliases, handshake, listeners, queue, ruleset, sysctls
-from steerd.kernel.conntrack import Conntrack
+from steerd.kernel import aliases, conntrack, flows, handshake, listeners, queue, ruleset, sysctls
+from steerd.kernel.conntrack import Conntrack, Entry
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
 from steerd.kernel.notify import Notifier
@@ -632,6 +632,14 @@ class Daemon:
         self._awaiting_reload.append(done)
         self._reload.set()
         return await done
+
+    def entries(self, answered_by: bytes) -> Generator[Entry, None, None]:
+        """Every connection and flow of datagrams that conntrack translates (control.api.Machine)."""
+        return conntrack.entries(translated=True, answered_by=answered_by)
+
+    def end_flows(self, answered_by: bytes, is_wanted: Callable[[Entry], bool]) -> int:
+        """End those of `entries` that are wanted; how many were ended (control.api.Machine)."""
+        return flows.end(entry for entry in self.entries(answered_by) if is_wanted(entry))
 
     async def _keep_reloading(self) -> None:
         while True:

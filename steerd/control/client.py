@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -57,9 +58,9 @@ def request(
         return json.loads(answer) if answer else None
 
 
-def download(run_dir: str, *path: str) -> Iterator[bytes]:
+def download(run_dir: str, *path: str, query: dict[str, str] | None = None) -> Iterator[bytes]:
     """What the API answers to GET on /v1/ and the parts of a path, in pieces as they come. Raises as `request` does."""
-    with _asked(run_dir, "GET", path, None, None, _TIMEOUT_SECONDS) as response:
+    with _asked(run_dir, "GET", path, query, None, _TIMEOUT_SECONDS) as response:
         while piece := response.read1(_PIECE):
             yield piece
         # read1 says nothing of an answer that was cut short.
@@ -86,7 +87,8 @@ def _asked(
         connection.request(method, url, body)
         response = connection.getresponse()
         if response.status >= 300:
-            raise SteerdError(json.loads(response.read())["message"])
+            kind = ForbiddenError if response.status == HTTPStatus.FORBIDDEN else SteerdError
+            raise kind(json.loads(response.read())["message"])
         yield response
     except PermissionError:
         raise ForbiddenError(f"{where} may not be used by you; be root, or in the group steerd.") from None

@@ -25,7 +25,7 @@ from steerd.control import sessions as session_table
 from steerd.control.leases import Effects, LeaseTable, NoEffects
 from steerd.control.routes import RouteTable, origin_of, stored_route
 from steerd.control.sessions import Places, SessionTable
-from steerd.control.store import IdGiver, Store, group_of, open_to_read, plan_of, target_of
+from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of
 from steerd.core.choice import GROUP, Group
 from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds
 from steerd.core.pending import Limits
@@ -194,6 +194,7 @@ class Reader:
         self._is_borrowed = env is not None
         try:
             self._env = open_to_read(state_dir) if env is None else env
+            self._ids = self._env.open_db(b"ids", create=False)
             self._targets = self._env.open_db(b"targets", create=False)
             self._groups = self._env.open_db(b"groups", create=False)
             self._routes = self._env.open_db(b"routes", create=False)
@@ -270,6 +271,17 @@ class Reader:
         with self._env.begin() as txn:
             name = txn.get(address, db=self._leased)
             return None if name is None else str(name, "ascii")
+
+    def is_target(self, address: bytes) -> bool:
+        """Whether an id was ever given to a target, or a run of targets, that begins at an address (packed)."""
+        with self._env.begin() as txn, txn.cursor(db=self._ids) as cursor:
+            there = cursor.set_range(address)
+            while there and cursor.key().startswith(address):
+                # Else an IPv6 address that begins like this IPv4 address.
+                if len(cursor.key()) == len(address) + ID_KEY_TAIL:
+                    return True
+                there = cursor.next()
+            return False
 
     def session(self, service: str, session_id: str) -> Session | None:
         """The session of a service that has this id, as it is at this moment."""

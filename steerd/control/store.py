@@ -57,6 +57,8 @@ _ID = struct.Struct("!I")
 _MOST = (1 << 32) - 1
 _SERIAL = struct.Struct("!Q")
 _ID_KEY_TAIL = struct.Struct("!IH")
+ID_KEY_TAIL = _ID_KEY_TAIL.size
+"""Bytes of a key of `ids` behind the address."""
 _TARGET_HEAD = struct.Struct("!IH")
 _decode_group = msgspec.msgpack.Decoder(Group).decode
 

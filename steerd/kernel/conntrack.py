@@ -16,7 +16,7 @@ import ipaddress
 import os
 import struct
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from typing import NamedTuple
 
 from steerd.errors import KernelError
@@ -129,7 +129,7 @@ class Entry(NamedTuple):
         return b"".join(attribute(name, fields[name]) for name in _IDENTITY if name in fields)
 
 
-def entries(*, translated: bool = False, answered_by: bytes = b"") -> Iterator[Entry]:
+def entries(*, translated: bool = False, answered_by: bytes = b"") -> Generator[Entry, None, None]:
     """Every entry of a protocol with ports; only those that are `translated`; only those that an address (packed)
     answers. Whoever stops half-way closes the iterator. Raises KernelError."""
     family = next((_FAMILIES[version] for version, width in _WIDTHS.items() if len(answered_by) == width), _ANY_FAMILY)

@@ -53,6 +53,17 @@ def moment(seconds: float | None) -> str:
     return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units."""
+    left = int(seconds)
+    parts: list[str] = []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        if left >= size or (unit == "s" and not parts):
+            parts.append(f"{left // size}{unit}")
+            left %= size
+    return " ".join(parts[:2])
+
+
 def conditions(route: dict[str, Any]) -> str:
     """What a route compares."""
     return " ".join(f"{key}={value}" for key, value in route["when"].items()) or "any"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 from msgspec import Meta, Struct
 
 from steerd.config import Config
+from steerd.control.flows import Entry
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 
@@ -84,6 +86,13 @@ class Machine(Protocol):
     def put_log_settings(self, settings: LogSettings) -> None:
         """Log this from now on, in all processes, until the daemon ends, or a reload brings another
         setting."""
+
+    def entries(self, answered_by: bytes) -> Generator[Entry, None, None]:
+        """Every connection and flow of datagrams that conntrack translates; only those that an address (packed)
+        answers, unless it is empty. Raises KernelError."""
+
+    def end_flows(self, answered_by: bytes, is_wanted: Callable[[Entry], bool]) -> int:
+        """End those of `entries` that are wanted; how many were ended. Raises KernelError."""
 
 
 class Context(NamedTuple):

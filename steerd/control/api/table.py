@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steerd.control.api import (
     document,
+    flows,
     leases,
     log,
     pools,
@@ -43,6 +44,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
     *sessions.OPERATIONS,
     *routes.OPERATIONS,
     *leases.OPERATIONS,
+    *flows.OPERATIONS,
     *transfer.OPERATIONS,
     *reload.OPERATIONS,
     *log.OPERATIONS,
