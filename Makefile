@@ -9,13 +9,16 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup setup-programs setup-bench test-long demo test lint unit netns test-vm bench clean
+.PHONY: help setup setup-programs setup-bench setup-packages deb wheel lock test-packages test-long demo test lint unit netns test-vm bench clean
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
 	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
 	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
+	@echo "make deb wheel        a Debian package, a wheel; both into build/"
+	@echo "make test-packages    the package in a clean Debian with systemd: start to purge, under load"
+	@echo "make lock             requirements.lock anew: the libraries of a release, with hashes"
 	@echo "make test-long        transfers of 1 GB through loss and reordering, a minute of reloads under load"
 	@echo "make lint unit netns  parts of 'make test'"
 	@echo "make clean            remove .venv and caches"
@@ -29,6 +32,18 @@ setup-programs:
 setup-bench:
 	@tests/setup.sh bench
 
+setup-packages:
+	@tests/setup.sh packages
+
+deb: setup-packages
+	@release/deb
+
+wheel: setup
+	@PYTHON=$(CURDIR)/$(PYTHON) release/wheel
+
+lock: setup
+	release/lock
+
 demo: setup
 	@$(AS_ROOT) $(PYTHON) -m tests.demo
 
@@ -38,7 +53,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	shellcheck -x nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/fetch-kernel tests/vm/guest-setup
+	shellcheck -x release/deb release/wheel release/lock release/debian/p* nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/fetch-kernel tests/vm/guest-setup
 
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit tests/property
@@ -51,6 +66,9 @@ test-long: setup-programs
 
 test-vm: setup
 	$(AS_ROOT) $(if $(KERNEL),KERNEL=$(KERNEL)) tests/vm/pytest
+
+test-packages: setup-packages
+	$(AS_ROOT) $(PYTHON) -m pytest -q tests/packages
 
 bench: setup-bench
 	@$(AS_ROOT) $(PYTHON) -m tests.bench $(ONLY)

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo`, with the argument `programs` for the tests with real
-# servers too, and with `bench` for the systems that `make bench` compares with: what is missing of the packages below through apt (with sudo if need be; no service is
-# started or enabled), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing.
+# servers too, with `packages` for the Debian package and its test, and with `bench` for the systems that `make bench`
+# compares with: what is missing of the packages below through apt (with sudo if need be; no service is started or
+# enabled), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing.
 # Packages and .venv stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +19,10 @@ if [ "${1:-}" = programs ]; then
 	packages+=(wireguard-go wireguard-tools)
 	# Ubuntu has it as a snap only, which does not run in a namespace.
 	if grep -qx ID=debian /etc/os-release; then packages+=(chromium); fi
+fi
+
+if [ "${1:-}" = packages ]; then
+	packages+=(dpkg-dev mmdebstrap systemd-container)
 fi
 
 if [ "${1:-}" = bench ]; then

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from steerd.cli import common, options
 from steerd.cli.options import DEFAULT_CONFIG, ConfigFile
+
+THIS_SYSTEM = Path("/")
 
 app = common.new_app()
 
@@ -88,6 +91,28 @@ def explain(
     )
     status = explaining.explain(configuration.load(file), question, from_registry=False, as_json=as_json)
     raise typer.Exit(status)
+
+
+@app.command()
+def setup(
+    root: Annotated[
+        Path, typer.Option(metavar="DIR", help="The root directory of another system, such as an image.")
+    ] = THIS_SYSTEM,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the service away again, not its data.")] = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """After `pip install`, as root: the user, an example configuration, and the systemd service."""
+    from steerd.cli.setup import Setup
+
+    plan = Setup(root)
+    for step in plan.remove() if remove else plan.install():
+        typer.echo(("would " if print_only else "") + step.what)
+        if not print_only:
+            step.do()
+    if remove:
+        typer.echo("left: /etc/steerd, /var/lib/steerd, the user steerd; table and aliases until: steerd down")
+    else:
+        typer.echo("all is set up: write /etc/steerd/steerd.toml, then: systemctl enable --now steerd")
 
 
 @app.command()

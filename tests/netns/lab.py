@@ -37,7 +37,7 @@ class Host:
 
     def __init__(self, role: str) -> None:
         self.name = f"st{os.getpid()}-{next(_numbers)}-{role}"
-        sh(f"ip netns add {self.name}")
+        self._make()
         try:
             sh(f"ip -n {self.name} link set lo up")
             # Duplicate address detection would keep every IPv6 address silent for its first second or two.
@@ -45,6 +45,9 @@ class Host:
         except BaseException:
             self.close()
             raise
+
+    def _make(self) -> None:
+        sh(f"ip netns add {self.name}")
 
     def sh(self, command: str, *, check: bool = True) -> str:
         done = subprocess.run(
