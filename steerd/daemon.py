@@ -42,6 +42,7 @@ from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
 from steerd.kernel.notify import Notifier
 from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason
+from steerd.monitor import Monitor
 from steerd.privileges import Standing
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
@@ -219,6 +220,12 @@ class Daemon:
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)
         self.set_log(_log_switch(config))
+        listen = config.gateway.metrics.listen
+        self._monitor = (
+            None
+            if listen is None
+            else Monitor(listen, lambda: self._config, self._counters, self._registry, self._on_monitor_fault)
+        )
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         # Indices of the workers whose queues are bound now, and whether all of them were once.
@@ -273,6 +280,8 @@ class Daemon:
             self._log.info("flows of leases that have ended were ended", flows=ended)
         self._loop = loop
         await self._api.start()
+        if self._monitor is not None:
+            await self._monitor.start()
         ready = [asyncio.Event() for _ in range(self._config.gateway.workers)]
         tasks = [asyncio.create_task(self._keep_worker(index, ready[index])) for index in range(len(ready))]
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
@@ -288,10 +297,15 @@ class Daemon:
             task.cancel()
         await asyncio.gather(announce, stop, *tasks, return_exceptions=True)
         await self._api.stop()
+        if self._monitor is not None:
+            await self._monitor.stop()
         await self._collect_claims()
         for task in done - {stop}:
             task.result()
         self._log.info("stopped", left="table and aliases (remove them with: steerd down)")
+
+    def _on_monitor_fault(self, text: str) -> None:
+        self._log.error("fault in the metrics", why=text)
 
     def _on_api_fault(self, text: str) -> None:
         self._log.error("fault in the API", why=text)

@@ -190,6 +190,11 @@ class SessionTable:
                 there = cursor.next()
         return views
 
+    def count(self) -> int:
+        """How many sessions all services have together."""
+        with self._store.env.begin() as txn:
+            return int(txn.stat(self._sessions)["entries"])
+
     def find(self, service: str, session_id: str) -> Session | None:
         """As a worker finds it."""
         with self._store.env.begin() as txn:

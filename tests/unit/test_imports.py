@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "late": {"core", "kernel", "wire", "model", "telemetry"},
     "datagram": {"core", "kernel", "wire", "model", "telemetry"},
     "relay": {"kernel", "wire", "model", "telemetry", "errors"},
+    "monitor": {"config", "control", "kernel", "errors", "telemetry"},
     "record": {"control", "core", "wire", "model", "errors", "telemetry"},
     "worker": EVERYTHING,
     "daemon": EVERYTHING,
