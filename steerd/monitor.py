@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 import traceback
@@ -66,7 +67,7 @@ class Monitor:
         except OSError as error:
             await self._runner.cleanup()
             raise SteerdError(
-                f"gateway.metrics.listen: {self._listen} cannot be listened on: {error.strerror or error}."
+                f"gateway.metrics.listen: {self._listen} cannot be listened on: {os.strerror(error.errno or 0)}."
             ) from error
         await web.SockSite(self._runner, listener).start()
 
@@ -92,14 +93,13 @@ class Monitor:
     def _take(self) -> metrics.Snapshot:
         config = self._config()
         conntrack = _found(statistics.conntrack)
-        leases = self._registry.leases.count_by_pool()
         return metrics.Snapshot(
             version=self._version,
             counters=self._counters,
             queues=_found(lambda: _queues(config.gateway.first_queue, config.gateway.workers)),
             pools={
-                name: metrics.Pool(pool.alias_count(4) + pool.alias_count(6), leases[name])
-                for name, pool in config.pools.items()
+                pool.name: metrics.Pool({"ipv4": pool.ipv4, "ipv6": pool.ipv6}, pool.leased, pool.quarantined)
+                for pool in self._registry.leases.pools(time.time())
             },
             routes={service.name: self._routes(service.name) for service in config.services},
             sessions=self._registry.sessions.count(),

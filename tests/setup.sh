@@ -17,6 +17,7 @@ if [ "${1:-}" = programs ]; then
 	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client haproxy)
 	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool ngtcp2-client)
 	packages+=(wireguard-go wireguard-tools)
+	packages+=(prometheus) # for promtool
 	# Ubuntu has it as a snap only, which does not run in a namespace.
 	if grep -qx ID=debian /etc/os-release; then packages+=(chromium); fi
 fi
@@ -33,7 +34,8 @@ as_root() {
 	if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-services=(nginx.service ssh.service ssh.socket postgresql.service haproxy.service mosquitto.service kamailio.service)
+services=(nginx.service ssh.service ssh.socket postgresql.service haproxy.service mosquitto.service kamailio.service
+	prometheus.service)
 enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
 
 missing=()

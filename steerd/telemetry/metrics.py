@@ -38,8 +38,10 @@ class Queue(NamedTuple):
 class Pool(NamedTuple):
     """One pool."""
 
-    aliases: int
+    aliases: Mapping[str, int]
+    """By address family: ipv4, ipv6."""
     leases: int
+    quarantined: int
 
 
 class Snapshot(NamedTuple):
@@ -183,8 +185,19 @@ def _queues(snapshot: Snapshot) -> Iterator[Metric]:
 
 def _registry(snapshot: Snapshot) -> Iterator[Metric]:
     pools = snapshot.pools.items()
-    yield _gauge("steerd_aliases", "Aliases of a pool.", ("pool",), (((name,), pool.aliases) for name, pool in pools))
+    yield _gauge(
+        "steerd_aliases",
+        "Aliases of a pool.",
+        ("pool", "family"),
+        (((name, family), count) for name, pool in pools for family, count in pool.aliases.items()),
+    )
     yield _gauge("steerd_leases", "Leases of a pool.", ("pool",), (((name,), pool.leases) for name, pool in pools))
+    yield _gauge(
+        "steerd_quarantined",
+        "Aliases of a pool whose lease ended a while ago, and which no other name gets yet.",
+        ("pool",),
+        (((name,), pool.quarantined) for name, pool in pools),
+    )
     yield _gauge(
         "steerd_routes",
         "Routes: static ones are the configuration's, dynamic ones and those of leases come and go.",
