@@ -40,18 +40,21 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
+    waker.py       the part of the main process that starts sleeping daemons and puts them to sleep
     config.py      TOML to values; every mistake found, each with its key
     privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
     relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
     core/          engine, explain, router, sessions, pending (first payloads), datagrams, pools, leases, marks,
-                   plan (have and want -> what to do)
+                   wake (daemons that sleep), plan (have and want -> what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
-                   sockets (ends a connection's), host, capabilities, notify (systemd)
+                   sockets (ends a connection's), host, capabilities, notify (systemd), processes and units
+                   (daemons that are woken; launch is what such a process begins as)
     control/       registry (LMDB): ids, routes, leases, the plan; what must outlive a process and what all workers read
-                   sessions and claims on them; states of targets in shared memory; the API and its client
+                   sessions and claims on them; states of targets in shared memory, and doors of
+                   daemons that sleep; the API and its client
     telemetry/     counters in shared memory, logs
 
 Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and
@@ -60,6 +63,10 @@ model; core sees wire and model; wire sees model.
 **Two kinds of process.** The main process owns the configuration, the registry, the aliases and the table. It starts
 one worker for each queue, and again if it dies. A worker owns nothing that must survive it. Kill any of them at any
 time: established connections do not notice, new ones wait for a repeated SYN.
+
+**A daemon that sleeps** is started by the first connection to it. The worker that finds its door shut
+(steerd.core.wake) holds the connection and asks the main process, whose part steerd.waker starts the unit or command,
+sees it listen, and opens the door in shared memory (steerd.control.doors).
 
 **When in doubt, drop.** A connection at the wrong daemon is the worst there is. So a packet that cannot be read,
 matched, or translated as decided is dropped or reset, and counted under one reason (steerd.model.Reason, and the

@@ -40,6 +40,8 @@ from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
 from steerd.core.pools import Mode, Pool
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
 from steerd.core.sessions import MAX_ID, OnNewSource, SessionEntry, Sessions
+from steerd.core.wake import MAX_TIMEOUT, Wake, check_template
+from steerd.core.wake import Limits as WakeLimits
 from steerd.errors import ConfigError, Problem
 from steerd.model import (
     PROTOCOL_NAMES,
@@ -80,6 +82,7 @@ MAX_SERVICES = 65536
 """The router's table keys hold a service's index in 16 bits."""
 
 _IDLE_TIMEOUT = 120
+_WAKE_TIMEOUT = 10.0
 _MAX_PORT = 65535
 _MAX_EXTENDED_PORT = (1 << 32) - 1
 _MAX_QUEUES = 65536
@@ -93,6 +96,8 @@ _ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _Rate = Annotated[int, Meta(ge=1, le=(1 << 32) - 1)]
 # The kernel multiplies by HZ (at most 1000) in 32 bits (net/netfilter/nf_conntrack_proto_tcp.c).
 _Seconds = Annotated[int, Meta(ge=1, le=((1 << 32) - 1) // 1000)]
+_WakeTimeout = Annotated[float, Meta(ge=0.1, le=MAX_TIMEOUT)]
+_SleepAfter = Annotated[float, Meta(ge=1, le=1 << 31)]
 
 
 # --- What the rest of steerd sees ------------------------------------------------------------------------------------
@@ -279,6 +284,33 @@ class Config(Struct, frozen=True):
     """Sorted by name; a service's place here is its index in the router's table."""
     wildcard: tuple[Target, ...]
     """Targets of routes and defaults with `wildcard = true`, each once."""
+    waking: WakeLimits
+    wakes: dict[IPAddress, Wake]
+    """Of aliases whose target in the file says so; of all others, what their pool says counts."""
+
+    @property
+    def all_wakes(self) -> list[Wake]:
+        """All that the file says about waking."""
+        return [pool.wake for pool in self.pools.values() if pool.wake is not None] + list(self.wakes.values())
+
+    @property
+    def wakes_commands(self) -> bool:
+        """Whether a command is started when a connection comes."""
+        return any(wake.command for wake in self.all_wakes)
+
+    def wake_of(self, address: IPAddress) -> tuple[Wake, int] | None:
+        """How the daemon of an alias is started, and the alias's index in its pool; None: it is not."""
+        for pool in self.pools.values():
+            index = pool.place_of(address)
+            if index is not None:
+                wake = self.wakes.get(address, pool.wake)
+                return None if wake is None else (wake, index)
+        return None
+
+    def may_be_wildcard(self, target: Target) -> bool:
+        """Whether a socket bound to the wildcard address may answer for a target."""
+        pools = (s.extension_pool for s in self.services if s.extension_pool is not None and s.extension_pool.wildcard)
+        return target in self.wildcard or any(p.port == target.port and target.address in p.pool for p in pools)
 
 
 def load(path: str | os.PathLike[str]) -> Config:
@@ -315,7 +347,9 @@ def parse(text: str, file: str) -> Config:
     _check_ids(gateway, services, reader)
     if reader.problems:
         raise ConfigError(file, reader.problems)
-    return Config(file, gateway, pools, tuple(services), tuple(scene.wildcard))
+    waking = WakeLimits(*msgspec.structs.astuple(raw.wake))
+    wakes = {address: wake for address, (wake, _) in scene.wakes.items()}
+    return Config(file, gateway, pools, tuple(services), tuple(scene.wildcard), waking, wakes)
 
 
 def check_session(
@@ -335,8 +369,7 @@ def check_session(
     scene.in_file = False
     versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
     entry = _session(_RawSession(session_id, target, source), "", service.sessions.key, versions, scene)
-    if scene.wildcard:
-        reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
+    scene.check_for_request("target")
     if reader.problems:
         raise ConfigError(config.file, reader.problems)
     return entry
@@ -369,16 +402,14 @@ class RouteChecker:
         """The route, without a name. Raises ConfigError, with the keys `when.KEY`, `target`, `source`, `choose` and
         `hash`."""
         route = self.check_match(when, source)
-        reader = self._reader
-        self._scene.wildcard.clear()
+        self._scene.clear()
         coming = _coming(route.source, self._versions, self._conditions)
         policy = next((each for each in get_args(Policy) if each == choose), None)
         if choose is not None and policy is None:
-            reader.problem("choose", f"Must be {_described(Policy)}, not {_shown(choose)}.")
-        choice = _choice(policy, hash_, "", self._conditions, reader)
+            self._reader.problem("choose", f"Must be {_described(Policy)}, not {_shown(choose)}.")
+        choice = _choice(policy, hash_, "", self._conditions, self._reader)
         targets = _targets(target, "target", coming, self._scene, choice, "choose")
-        if self._scene.wildcard:
-            reader.problem("target", "Has wildcard, which a target can have in the configuration only.")
+        self._scene.check_for_request("target")
         self._give_up()
         return route._replace(targets=targets, choice=choice)
 
@@ -435,6 +466,10 @@ class _RawPool(Struct):
     mode: Mode = "addresses"
     size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
     quarantine: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 600
+    wake: Any = None
+    user: str | None = None
+    wake_timeout: _WakeTimeout | None = None
+    sleep_after: _SleepAfter | None = None
 
 
 class _RawExtensionPool(Struct):
@@ -449,6 +484,16 @@ class _RawTarget(Struct):
     address: str
     external: bool = False
     wildcard: bool = False
+    wake: Any = None
+    user: str | None = None
+    wake_timeout: _WakeTimeout | None = None
+    sleep_after: _SleepAfter | None = None
+
+
+class _RawWaking(Struct):
+    max_awake: Annotated[int, Meta(ge=1, le=4096)] = WakeLimits().max_awake
+    starts_per_second: Annotated[float, Meta(ge=0.01, le=1000)] = WakeLimits().starts_per_second
+    burst: Annotated[int, Meta(ge=1, le=4096)] = WakeLimits().burst
 
 
 class _RawRoute(Struct):
@@ -503,6 +548,7 @@ class _RawService(Struct):
 
 class _File(Struct):
     gateway: _RawGateway = msgspec.field(default_factory=_RawGateway)
+    wake: _RawWaking = msgspec.field(default_factory=_RawWaking)
     pools: dict[str, _RawPool] = {}
     services: dict[str, _RawService] = {}
 
@@ -1027,7 +1073,13 @@ def _prefixes(name: str, raw: _RawPool, reader: _Reader) -> dict[str, IPNetwork]
 
 def _pool(name: str, raw: _RawPool, prefixes: dict[str, IPNetwork], reader: _Reader) -> Pool:
     path = _join("pools", name)
-    pool = Pool(name, tuple(prefixes.values()), raw.mode, raw.size, raw.quarantine)
+    wake = _wake(raw, path, reader)
+    if wake is not None and not any(_PLACEHOLDER.search(text) for text in (wake.unit, *wake.command)):
+        reader.problem(
+            f"{path}.wake",
+            "Is the same for all aliases of the pool; {lease}, {alias} or {index} in it tells them apart.",
+        )
+    pool = Pool(name, tuple(prefixes.values()), raw.mode, raw.size, raw.quarantine, wake)
     if reader.is_bad(path):
         return pool
     for version in (4, 6):
@@ -1114,7 +1166,8 @@ def _holds(prefix: IPNetwork, address: IPAddress) -> bool:
 
 
 class _Scene:
-    """What routes and defaults are checked against, where mistakes go, and the targets marked `wildcard`."""
+    """What routes and defaults are checked against, where mistakes go, the targets marked `wildcard`, and those with
+    `wake`."""
 
     def __init__(self, pools: dict[str, Pool], endpoints: dict[str, dict[str, Endpoint]], reader: _Reader) -> None:
         self.reader = reader
@@ -1124,12 +1177,25 @@ class _Scene:
         self.endpoints = endpoints
         self.endpoint_keys = {e.address: key for service in endpoints.values() for key, e in service.items()}
         self.wildcard: dict[Target, None] = {}
+        self.wakes: dict[IPAddress, tuple[Wake, str]] = {}
+        """With the key of the target that says so first."""
         self._blocks: dict[int, list[tuple[int, int, Pool]]] = {4: [], 6: []}
         for version, found in self._blocks.items():
             for pool in pools.values():
                 found += ((int(first), int(first) + length - 1, pool) for first, length in pool.blocks(version))
             found.sort()
         self._firsts = {version: [first for first, _, _ in found] for version, found in self._blocks.items()}
+
+    def clear(self) -> None:
+        """Forget what targets said so far."""
+        self.wildcard.clear()
+        self.wakes.clear()
+
+    def check_for_request(self, key: str) -> None:
+        """Report what a target outside the file cannot say."""
+        for name, found in (("wildcard", self.wildcard), ("wake", self.wakes)):
+            if found:
+                self.reader.problem(key, f"Has {name}, which a target can have in the configuration only.")
 
     def pool_of(self, address: IPAddress) -> Pool | None:
         number = int(address)
@@ -1524,7 +1590,78 @@ def _target(key: str, item: object, scene: _Scene) -> Target | None:
             else 'say that it is external (steerctl: --external; in JSON: "external": true).'
         )
         reader.problem(where, f"{target.address} is in no pool; use an alias, or {external}")
+    _target_wake(key, raw, target.address, scene)
     return target
+
+
+def _target_wake(key: str, raw: _RawTarget, address: IPAddress, scene: _Scene) -> None:
+    reader = scene.reader
+    wake = _wake(raw, key, reader)
+    if wake is None:
+        return
+    where = f"{key}.wake"
+    if raw.external:
+        reader.problem(where, "Means nothing for an external target: whether it listens cannot be seen here.")
+    if wake.needs_lease:
+        reader.problem(where, "Names {lease}, but an alias that is named in the file is never leased.")
+    former, former_key = scene.wakes.setdefault(address, (wake, key))
+    if former != wake:
+        reader.problem(where, f"Is another one than that of {former_key}; an alias has one daemon.")
+
+
+_PLACEHOLDER = re.compile(r"\{[a-z]+\}")
+_UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_.\\-]*(@[A-Za-z0-9:_.\\-]+)?\.service")
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+
+
+def _wake(raw: _RawPool | _RawTarget, path: str, reader: _Reader) -> Wake | None:
+    """What a pool or a target says about waking; None: nothing, or not the right thing."""
+    where = f"{path}.wake"
+    if raw.wake is None:
+        for name in ("user", "wake_timeout", "sleep_after"):
+            if getattr(raw, name) is not None and not reader.is_bad(f"{path}.{name}"):
+                reader.problem(f"{path}.{name}", "Means nothing without wake, which says what is started.")
+        return None
+    unit, command = "", tuple[str, ...]()
+    try:
+        if isinstance(raw.wake, list):
+            command = _command(raw.wake)
+        else:
+            unit = _unit(raw.wake)
+    except ValueError as error:
+        reader.problem(where, str(error))
+    if unit and raw.user is not None:
+        reader.problem(f"{path}.user", "Means nothing for a unit, whose own User= counts.")
+    if command and raw.user is None and not reader.is_bad(f"{path}.user"):
+        reader.problem(f"{path}.user", "Is missing; it must be the user as whom the command is run.")
+    if command and raw.user is not None and (raw.user == "root" or not _USER.fullmatch(raw.user)):
+        reader.problem(f"{path}.user", f"Must be the name of a user who is not root, not {_shown(raw.user)}.")
+    if reader.is_bad(where) or reader.is_bad(f"{path}.user"):
+        return None
+    timeout = _WAKE_TIMEOUT if raw.wake_timeout is None else raw.wake_timeout
+    return Wake(unit, command, raw.user or "", timeout, raw.sleep_after)
+
+
+def _unit(value: object) -> str:
+    usage = 'Must be a unit, "unit:tenant@{lease}.service", or a command, a list of texts'
+    if not isinstance(value, str) or not value.startswith("unit:"):
+        raise ValueError(f"{usage}; {_shown(value)} is neither.")
+    unit = value.removeprefix("unit:")
+    check_template(unit)
+    if not _UNIT.fullmatch(_PLACEHOLDER.sub("x", unit)) or unit.startswith("{"):
+        raise ValueError(f"{usage}; {_shown(unit)} is not the name of a service unit.")
+    return unit
+
+
+def _command(words: list[object]) -> tuple[str, ...]:
+    texts = tuple(word for word in words if isinstance(word, str))
+    if not texts or len(texts) != len(words) or any("\0" in text for text in texts):
+        raise ValueError("Must be the words of a command, each a text in quotes.")
+    for text in texts:
+        check_template(text)
+    if not texts[0].startswith("/") or "{" in texts[0]:
+        raise ValueError(f"Must begin with the absolute path of a program, not {_shown(texts[0])}.")
+    return texts
 
 
 def _sessions(

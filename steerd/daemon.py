@@ -46,6 +46,7 @@ from steerd.monitor import Monitor
 from steerd.privileges import Standing
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
+from steerd.waker import Waker
 from steerd.worker import READY, WorkerSettings
 
 FIXED = (
@@ -226,6 +227,7 @@ class Daemon:
             if listen is None
             else Monitor(listen, lambda: self._config, self._counters, self._registry, self._on_monitor_fault)
         )
+        self._waker = Waker(config, self._registry.reader(), self._log)
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         # Indices of the workers whose queues are bound now, and whether all of them were once.
@@ -275,6 +277,7 @@ class Daemon:
             aliases_removed=changes.removed,
             seconds=round(time.monotonic() - started, 3),
         )
+        await self._waker.recall()
         ended = self._registry.leases.reconcile(time.time())
         if ended:
             self._log.info("flows of leases that have ended were ended", flows=ended)
@@ -287,6 +290,7 @@ class Daemon:
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
         tasks += [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch_queues())]
         tasks.append(asyncio.create_task(self._keep_leases()))
+        tasks.append(asyncio.create_task(self._waker.keep()))
         tasks.append(asyncio.create_task(self._claims.keep_collecting(self._on_claims_kept)))
         announce = asyncio.create_task(self._announce(ready, started))
         stop = asyncio.create_task(self._stop.wait())
@@ -583,6 +587,10 @@ class Daemon:
         """`_mend_aliases`, from another thread than the event loop's, and wait for it."""
         asyncio.run_coroutine_threadsafe(self._mend_aliases(), self._loop).result()
 
+    def call_stop_daemons(self, addresses: Sequence[IPAddress]) -> None:
+        """Put the daemons of aliases to sleep. From any thread; when it returns, nobody is sent there any more."""
+        self._waker.stop_at(addresses)
+
     async def _keep_leases(self) -> None:
         """End leases when their time has come."""
         leases = self._registry.leases
@@ -724,6 +732,7 @@ class Daemon:
                 self._publish(new)
             self._change_table(new)
             self._config = new
+            self._waker.configure(new)
         except SteerdError:
             self._publish(old)
             with contextlib.suppress(SteerdError):  # which is what went wrong, then, and has changed nothing
@@ -751,6 +760,7 @@ class _LeaseEffects:
             raise KernelError(f"{text} cannot be made local: the kernel takes it for an address of somebody else.")
 
     def end_flows(self, addresses: Sequence[IPAddress]) -> int:
+        self._daemon.call_stop_daemons(addresses)
         with contextlib.closing(Nftables()) as nftables:
             ruleset.forget_learned(nftables, addresses)
         with contextlib.closing(Conntrack()) as conntrack:

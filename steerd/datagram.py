@@ -11,6 +11,9 @@ kernel drops the others too, unless no more than one is left (net/netfilter/nfne
 **What was on its way.** While a flow's first datagrams wait for their worker, more of it may come and wait behind them.
 Read alone they would say something else, or nothing. So a flow is remembered until all that waited has been seen, and
 what comes of it follows it.
+
+**A daemon that sleeps.** The first datagrams of a flow for it are held until it listens (core.wake), then decided anew
+and sent, in order. Where each datagram is decided by itself (`dns`), it is dropped: resolvers ask again.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from steerd.core import datagrams, pending
 from steerd.core.datagrams import Datagrams, Decide, Drop, GiveUp, Hold
 from steerd.core.engine import Decision, Engine
 from steerd.core.marks import KEEP_ID, PASS_ID
+from steerd.core.wake import Doorbell, Sleepers
 from steerd.kernel.queue import DROP, Verdict
-from steerd.model import Flow, Outcome, Reason
+from steerd.model import Answer, Flow, Outcome, Reason
 from steerd.telemetry.counters import Extra
 from steerd.wire import quic
-from steerd.wire.packet import Packet, is_cut
+from steerd.wire.packet import Packet, is_cut, parse
+from steerd.wire.parser import History
 
 LOOK_SECONDS = 0.25
 """As often as undecided flows are looked through for those whose time is over."""
@@ -65,6 +70,7 @@ class Datagram:
         send: Callable[[bytes, int], None],
         forget: Callable[[Flow], object],
         queue_length: int,
+        doorbell: Doorbell,
     ) -> None:
         self._settle = settle
         self._slot = slot
@@ -72,6 +78,8 @@ class Datagram:
         self._send = send
         self._forget = forget
         self._queue_length = queue_length
+        self._doorbell = doorbell
+        self._sleepers: Sleepers[list[bytes]] = Sleepers()
         self._negotiating: list[tuple[float, Flow]] = []
         self._looked = 0.0
         self._judged = 0
@@ -90,9 +98,15 @@ class Datagram:
         self._decided.clear()
         self._decided_before.clear()
 
+    @property
+    def decides_anew(self) -> bool:
+        """Whether `expire` may decide something by routes."""
+        return bool(self._sleepers)
+
     def __len__(self) -> int:
-        """How many flows wait for something: a decision, or to be forgotten after it."""
-        return len(self._undecided) + len(self._decided) + len(self._decided_before) + len(self._negotiating)
+        """How many flows wait for something: a decision, their daemon, or to be forgotten after it."""
+        decided = len(self._decided) + len(self._decided_before) + len(self._negotiating)
+        return len(self._undecided) + len(self._sleepers) + decided
 
     @property
     def undecided(self) -> int:
@@ -111,6 +125,8 @@ class Datagram:
         if self._judged >= self._queue_length:
             # No more packets can have waited since the last time.
             self._forget_decided()
+        if self._sleepers and (held := self._sleepers.get(flow)) is not None:
+            return self._hold_too(held, raw)
         decided = self._decided.get(flow) or self._decided_before.get(flow)
         if decided is not None and not _begins_another(packet.payload, decided):
             self._slot[Extra.FORWARDED] += 1
@@ -129,7 +145,9 @@ class Datagram:
         return DROP
 
     def expire(self, now: float) -> None:
-        """Forget flows whose time is over."""
+        """Forget flows whose time is over, and send what was held for daemons that listen now."""
+        for _, deadline, held, is_open in self._sleepers.due(self._doorbell, now):
+            self._wake_up(held, deadline, is_open)
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
             while self._negotiating and self._negotiating[0][0] <= now:
@@ -146,6 +164,9 @@ class Datagram:
         decision = self._settle(packet, decision)
         if decision.reason is Reason.UNKNOWN_CONNECTION:
             return Verdict(KEEP_ID)
+        if decision.outcome is Outcome.WAIT:
+            self._hold(packet, [*earlier, raw], decision, None)
+            return DROP
         if decision.outcome is not Outcome.STEER:
             return Verdict(PASS_ID) if decision.outcome is Outcome.PASS else DROP
         decided = _Decided(decision.target_id, bool(earlier), _connection(decision))
@@ -156,6 +177,46 @@ class Datagram:
             self._negotiating.append((time.monotonic() + LOOK_SECONDS, packet.flow))
         self._after.extend(partial(self._send, copy, decided.target_id) for copy in earlier)
         return self._go_on(decided, raw)
+
+    # ---- flows whose daemon sleeps ----
+
+    def _hold(self, packet: Packet, raws: list[bytes], decision: Decision, deadline: float | None) -> None:
+        """Keep a flow until its daemon listens; `deadline`: of one that was held before."""
+        door, timeout = self._doorbell.door_of(packet, decision.target_id)
+        now = time.monotonic()
+        self._doorbell.ask(door, now)
+        if self._engine.decides_every_datagram(packet) or is_cut(raws[-1]):
+            return
+        limits = self._undecided.limits
+        until = now + timeout if deadline is None else deadline
+        source = packet.source
+        if self._sleepers.put(packet.flow, door, source, until, raws, limits.source_connections, limits.connections):
+            self._slot[Extra.HELD_DATAGRAMS] += 1
+
+    def _hold_too(self, held: list[bytes], raw: bytes) -> Verdict:
+        """One more of a flow that is held."""
+        size = sum(map(len, held)) + len(raw)
+        if not is_cut(raw) and len(held) < datagrams.MAX_DATAGRAMS and size <= self._undecided.limits.connection_bytes:
+            held.append(raw)
+            self._slot[Extra.HELD_DATAGRAMS] += 1
+        return DROP
+
+    def _wake_up(self, held: list[bytes], deadline: float, is_open: bool) -> None:
+        """A flow that was held: its daemon listens, or it will not."""
+        packets = [packet for raw in held if (packet := parse(raw)) is not None]
+        last = packets[-1]
+        if not is_open:
+            self._settle(last, self._engine.give_up(last, Reason.NOT_WOKEN))
+            return
+        decision = self._engine.decide_datagrams(last, History(packet.payload for packet in packets))
+        if decision is Answer.NEED_MORE:  # another plan is in force, and knows better
+            return
+        decision = self._settle(last, decision)
+        if decision.outcome is Outcome.WAIT:
+            self._hold(last, held, decision, deadline)
+        elif decision.outcome is Outcome.STEER:
+            self._decided[last.flow] = _Decided(decision.target_id, True, _connection(decision))
+            self._after.extend(partial(self._send, copy, decision.target_id) for copy in held)
 
     def _go_on(self, decided: _Decided, raw: bytes) -> Verdict:
         """A datagram of a decided flow: by itself, or as a copy behind other copies, if that is whole."""

@@ -13,6 +13,11 @@ is still there. The kernel's SYN to the daemon, which proves that the client is 
 notes the 4-tuple. When the client repeats itself, the note is found here, and the old entry is deleted. Without a note
 nothing is ever deleted: a spoofer could cut live connections.
 
+**A daemon that sleeps.** A first payload for it is held as it was inspected, and the client's repetitions of it are
+dropped, until the daemon listens (core.wake). Then it is decided anew, and opened with an ACK of our own. It is held
+only if the kernel found its cookie right, so that nobody wakes daemons, or fills the room, in another's name. One that
+is not held, for want of room, is forgotten: its client repeats it.
+
 **Who is genuine?** A segment proves nothing: anybody can send one from any address. The cookie in it does, and only the
 kernel can check that. A decision is carried out by way of the kernel, which refuses a wrong cookie without a word.
 Everything else that would cost memory for long, or draw a packet to the client, asks the kernel first: an ACK with the
@@ -22,7 +27,7 @@ mark ASK, made from the segment's header, has it check the cookie, note the clie
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -40,6 +45,7 @@ from steerd.core.pending import (
     Silence,
     Why,
 )
+from steerd.core.wake import Doorbell, Sleepers
 from steerd.kernel import sockets
 from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
@@ -102,6 +108,15 @@ class _Opening(NamedTuple):
     tries: int
 
 
+class _Asleep(NamedTuple):
+    """A connection whose daemon does not listen yet."""
+
+    first: Packet
+    data: bytes
+    fin: bool
+    silent: bool
+
+
 class Late:
     """All connections of one worker that are undecided, or were decided a moment ago.
 
@@ -116,6 +131,7 @@ class Late:
         give: Callable[[], None],
         slot: memoryview,
         nftables: Nftables,
+        doorbell: Doorbell,
     ) -> None:
         self.after: list[Callable[[], None]] = []
         self._settle = settle
@@ -130,6 +146,8 @@ class Late:
         self._undelivered: set[Flow] = set()
         self._waiting: list[_Waiting] = []
         self._opening: list[_Opening] = []
+        self._doorbell = doorbell
+        self._sleepers: Sleepers[_Asleep] = Sleepers()
 
     def refresh(self, engine: Engine, mark: MarkLayout, limits: pending.Limits, handshake: Handshake) -> None:
         """A new plan is in force. What is undecided stays, and is decided by it."""
@@ -140,9 +158,14 @@ class Late:
         self._injector.close()
         self._injector = Injector(mark.field(OURS_ID))
 
+    @property
+    def decides_anew(self) -> bool:
+        """Whether `expire` may decide something by routes."""
+        return bool(self._sleepers)
+
     def __len__(self) -> int:
-        """How many connections wait for a decision, or for their daemon's host."""
-        return len(self._pending) + len(self._waiting) + len(self._opening)
+        """How many connections wait for a decision, for their daemon, or for its host."""
+        return len(self._pending) + len(self._waiting) + len(self._opening) + len(self._sleepers)
 
     @property
     def undecided(self) -> int:
@@ -176,6 +199,8 @@ class Late:
         if not cut and is_damaged(packet, raw):
             self._slot[Extra.DAMAGED] += 1
             return DROP
+        if self._sleepers and self._waits(packet):
+            return DROP
         verdict = DROP
         for action in self._pending.segment(packet, now, cut=cut):
             if isinstance(action, ForwardRaw):
@@ -203,6 +228,8 @@ class Late:
                 self._opening.append(each)
             elif not self._conntrack.is_answered(each.first.flow):
                 self._open_silent(each.first, each.decision, each.tries, now)
+        for _, deadline, held, is_open in self._sleepers.due(self._doorbell, now):
+            self._wake_up(held, deadline, is_open, now)
         waiting, self._waiting = self._waiting, []
         for flow, copy, tries in waiting:
             self.after.append(partial(self._deliver, flow, copy, tries))
@@ -214,6 +241,8 @@ class Late:
         decision = self._settle(first, self._engine.decide_silence(first))
         if decision.outcome is Outcome.STEER:
             self._open_silent(first, decision, _SILENT_TRIES, now)
+        elif decision.outcome is Outcome.WAIT:
+            self._hold(_Asleep(first, b"", False, True), decision, None)
         else:
             self._open(first, decision, b"")
 
@@ -285,17 +314,77 @@ class Late:
             return DROP
         decision = self._settle(first, decide.decision)
         verdict = DROP
-        if decide.alone:
+        if decision.outcome is Outcome.WAIT:
+            self._hold(_Asleep(first, decide.data, decide.fin, False), decision, None)
+        elif decide.alone:
             verdict = self._verdict(first, decision, decide.data)
         else:
             self._open(first, decision, decide.data)
         if decision.outcome is Outcome.STEER:
             whole = decide.alone and not cut and len(decide.data) == len(first.payload) and not first.flags & URG
-            mss = self._handshake.mss4 if first.version == 4 else self._handshake.mss6
-            size = mss - len(first.tcp_options)
-            for copy in [raw] if whole else segment.data(first, decide.data, fin=decide.fin, size=size):
-                self.after.append(partial(self._deliver, first.flow, copy))
+            self._deliver_later(first, [raw] if whole else self._segments(first, decide.data, decide.fin))
         return verdict
+
+    def _segments(self, first: Packet, data: bytes, fin: bool) -> list[bytes]:
+        mss = self._handshake.mss4 if first.version == 4 else self._handshake.mss6
+        return segment.data(first, data, fin=fin, size=mss - len(first.tcp_options))
+
+    # ---- connections whose daemon sleeps ----
+
+    def _hold(self, held: _Asleep, decision: Decision, deadline: float | None) -> None:
+        """Keep a connection until its daemon listens; `deadline`: of one that was held before."""
+        first = held.first
+        door, timeout = self._doorbell.door_of(first, decision.target_id)
+        now = time.monotonic()
+        limits = self._pending.limits
+        if (deadline is None and not self._is_genuine(first)) or not self._sleepers.put(
+            first.flow,
+            door,
+            first.source,
+            now + timeout if deadline is None else deadline,
+            held,
+            limits.source_connections,
+            limits.connections,
+        ):
+            self._pending.forget(first)
+            return
+        self._doorbell.ask(door, now)
+
+    def _waits(self, packet: Packet) -> bool:
+        """Whether a packet belongs to a connection that is held, and is of no use."""
+        held = self._sleepers.get(packet.flow)
+        if held is None or held.first.ack != packet.ack:
+            return False
+        if held.silent and packet.payload:
+            # It has spoken after all.
+            self._sleepers.pop(packet.flow)
+            self._pending.forget(packet)
+            return False
+        self._slot[Extra.HELD] += 1
+        return True
+
+    def _wake_up(self, held: _Asleep, deadline: float, is_open: bool, now: float) -> None:
+        """A connection that was held: its daemon listens, or it will not."""
+        first, data, fin, silent = held
+        decision: Decision | Literal[Answer.NEED_MORE]
+        if not is_open:
+            decision = self._engine.give_up(first, Reason.NOT_WOKEN)
+        else:
+            decision = self._engine.decide_silence(first) if silent else self._engine.decide_first(first, data)
+        if decision is Answer.NEED_MORE:  # another plan is in force, and knows better
+            self._pending.forget(first)
+            return
+        decision = self._settle(first, decision)
+        if decision.outcome is Outcome.WAIT:
+            self._hold(held, decision, deadline)
+        elif decision.outcome is not Outcome.STEER:
+            self._pending.forget(first)
+            self._open(first, decision, data)
+        elif silent:
+            self._open_silent(first, decision, _SILENT_TRIES, now)
+        else:
+            self._open(first, decision, data)
+            self._deliver_later(first, self._segments(first, data, fin))
 
     def _give_up(self, action: GiveUp) -> None:
         first = action.first
@@ -370,6 +459,10 @@ class Late:
             self._undelivered.add(flow)
             raise
         self._undelivered.discard(flow)
+
+    def _deliver_later(self, first: Packet, copies: Iterable[bytes]) -> None:
+        for copy in copies:
+            self.after.append(partial(self._deliver, first.flow, copy))
 
     def _send_later(self, packet: bytes, mark: int | None = None) -> None:
         self.after.append(partial(self._injector.send, packet, mark))

@@ -176,6 +176,12 @@ class Reason(enum.IntEnum):
     """What matched leads to a drained target, or to several that are all drained."""
     DEAD = 24
     """What matched leads to several targets, and nothing listens on any of them that is not drained."""
+    ASLEEP = 25
+    """The target's daemon does not listen yet: it is being started, and the connection waits for it. Once it listens,
+    or does not in time, the connection is decided anew."""
+    NOT_WOKEN = 26
+    """The target's daemon sleeps, and cannot be woken now (`wake.max_awake`, `wake.starts_per_second`), or did not
+    listen in time."""
 
 
 DRAINED = 1
@@ -196,5 +202,7 @@ class Outcome(enum.Enum):
     DROP = "drop"
     ALERT = "tls-alert"
     """A TLS alert `unrecognized_name` to who speaks TLS, and a reset."""
+    WAIT = "wait"
+    """Until the target's daemon listens: dropped, and perhaps held."""
     LATE = "late"
     """A SYN that the kernel answers by itself; the first payload will decide."""

@@ -37,6 +37,9 @@ class Need(NamedTuple):
 NEEDS = (
     Need(Capability.NET_ADMIN, "the nft table, aliases, queues, packet marks, net.* sysctls", lambda _: True),
     Need(Capability.NET_RAW, "first payloads and datagrams go on through raw sockets", lambda _: True),
+    Need(Capability.SETUID, "commands that are woken run as their own user", lambda config: config.wakes_commands),
+    Need(Capability.SETGID, "... and with that user's groups", lambda config: config.wakes_commands),
+    Need(Capability.KILL, "... and are stopped again", lambda config: config.wakes_commands),
 )
 
 

@@ -19,11 +19,13 @@ from pathlib import Path
 import msgspec
 
 from steerd.control.claims import Claimant
+from steerd.control.doors import Visitor
 from steerd.control.registry import Reader
 from steerd.control.states import States
 from steerd.core.choice import Chooser
-from steerd.core.engine import Decision, Engine
+from steerd.core.engine import NO_TARGET, Decision, Engine
 from steerd.core.marks import PASS_ID, RESET_ID, MarkLayout
+from steerd.core.wake import Door, Doorbell, DoorState
 from steerd.datagram import Datagram
 from steerd.errors import KernelError, SteerdError
 from steerd.kernel import handshake
@@ -84,9 +86,17 @@ class Worker:
         self._gauged = 0.0
         self._rulings: list[Ruling] = []
         self._tasks: list[Callable[[], None]] = []
-        self._late = Late(self._settle, self._give, self._slot, self._nftables)
+        self._visitor = Visitor(settings.run_dir)
+        doorbell = Doorbell(self._door_of, self._visitor.look, self._visitor.ask)
+        self._late = Late(self._settle, self._give, self._slot, self._nftables, doorbell)
         self._datagram = Datagram(
-            self._settle, self._slot, self._late.after, self._late.send, self._late.forget, settings.queue_length
+            self._settle,
+            self._slot,
+            self._late.after,
+            self._late.send,
+            self._late.forget,
+            settings.queue_length,
+            doorbell,
         )
         self._refresh()
         self._queue = self._bind()
@@ -124,6 +134,9 @@ class Worker:
         self._datagram.refresh(self._engine, plan.pending)
         self._record.refresh(self._engine)
         self._loaded: set[int] = set()
+        self._waking = plan.waking
+        # Of those that are loaded: whose daemon may be asleep, with the target's port, and how long it is waited for.
+        self._sleepy: dict[int, tuple[int, float]] = {}
         self._answering: set[tuple[int, int]] = set()
         self._generation = generation
 
@@ -196,8 +209,11 @@ class Worker:
         now = time.monotonic()
         self._record.begin()
         try:
+            if self._late.decides_anew or self._datagram.decides_anew:
+                self._keep_up()
             self._late.expire(now)
             self._datagram.expire(now)
+            self._reader.rest()
         except Exception as error:
             self._on_fault(error)
         self._carry_out(self._late.after)
@@ -210,11 +226,15 @@ class Worker:
             held = self._late.held_bytes + self._datagram.held_bytes
             self._record.pending(self._late.undecided, self._datagram.undecided, held)
 
-    def _judge(self, queued: QueuedPacket) -> Verdict:
-        """What becomes of a packet."""
+    def _keep_up(self) -> None:
+        """See what is in force now."""
         if self._reader.advance() or self._shared[GENERATION_WORD] != self._generation:
             self._give()
             self._refresh()
+
+    def _judge(self, queued: QueuedPacket) -> Verdict:
+        """What becomes of a packet."""
+        self._keep_up()
         raw = queued.get_payload()
         packet = wire.parse(raw)
         if packet is None:
@@ -234,6 +254,9 @@ class Worker:
                 return Verdict(RESET_ID)
             case Outcome.LATE:
                 return self._late.syn(packet)
+            case Outcome.WAIT:
+                # The client repeats its SYN.
+                self._visitor.ask(self._door_of(packet, decision.target_id)[0], time.monotonic())
         return DROP
 
     def _settle(self, packet: wire.Packet, decision: Decision) -> Decision:
@@ -246,10 +269,26 @@ class Worker:
         if decision.outcome is Outcome.STEER:
             if decision.target_id not in self._loaded:
                 decision = self._load(decision)
+            if decision.target_id in self._sleepy and decision.outcome is Outcome.STEER:
+                decision = self._steer_if_awake(packet, decision)
             if packet.protocol == UDP and (decision.target_id, packet.dport) not in self._answering:
                 decision = self._load_datagram(decision, packet.dport)
         self._record.decision(packet, decision)
         return decision
+
+    def _door_of(self, packet: wire.Packet, target_id: int) -> tuple[Door, float]:
+        port, timeout = self._sleepy[target_id]
+        return Door(target_id, packet.protocol, port or packet.dport), timeout
+
+    def _steer_if_awake(self, packet: wire.Packet, decision: Decision) -> Decision:
+        """Nobody is steered to a target that may be asleep, unless its own daemon listens there."""
+        state = self._visitor.look(self._door_of(packet, decision.target_id)[0])
+        if state is DoorState.OPEN:
+            return decision
+        if state is DoorState.REFUSED:
+            refused = self._engine.give_up(packet, Reason.NOT_WOKEN)
+            return decision._replace(outcome=refused.outcome, reason=refused.reason, target_id=NO_TARGET)
+        return decision._replace(outcome=Outcome.WAIT, reason=Reason.ASLEEP)
 
     def _load(self, decision: Decision) -> Decision:
         """See to it that the kernel can translate to the decision's target; without that, the packet is dropped."""
@@ -265,10 +304,15 @@ class Worker:
             return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
         self._loaded.add(decision.target_id)
         self._slot[Extra.LOADED] += 1
+        asleep = next((each for each in self._waking if target.address.packed in each), None)
+        if asleep is not None:
+            self._sleepy[decision.target_id] = (target.port, asleep.timeout)
         return decision
 
     def _load_datagram(self, decision: Decision, dport: int) -> Decision:
         """See to it that the kernel knows the target's answers to clients that sent to this port, and its zone."""
+        if decision.outcome is not Outcome.STEER:  # not loaded, or asleep
+            return decision
         target = self._reader.target(decision.target_id)
         if target is None:  # said by `_load`
             return decision

@@ -125,6 +125,23 @@ def down(file: ConfigFile = DEFAULT_CONFIG) -> None:
     typer.echo(f"table inet steerd and {changes.removed} aliases removed")
 
 
+@app.command("polkit-rule")
+def polkit_rule(
+    file: ConfigFile = DEFAULT_CONFIG,
+    user: Annotated[str, typer.Option(help="As whom steerd runs.")] = "steerd",
+) -> None:
+    """Print the polkit rule that lets steerd, if it is not root, start and stop the units that FILE wakes, and no
+    others. Put it into /etc/polkit-1/rules.d/50-steerd.rules."""
+    from steerd import config as configuration
+    from steerd.control import polkit
+    from steerd.errors import SteerdError
+
+    text = polkit.rule(configuration.load(file), user)
+    if not text:
+        raise SteerdError(f"{file} names no unit to wake, so there is nothing to allow.")
+    typer.echo(text, nl=False)
+
+
 def main() -> None:
     """The console script."""
     common.run(app, "steerd")

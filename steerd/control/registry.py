@@ -27,7 +27,7 @@ from steerd.control.routes import RouteTable, origin_of, stored_route
 from steerd.control.sessions import Places, SessionTable
 from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of
 from steerd.core.choice import GROUP, Group
-from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds
+from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds, WakeRange
 from steerd.core.pending import Limits
 from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
@@ -146,6 +146,16 @@ class Registry:
                 for service in config.services
             ],
             pending=Limits(*msgspec.structs.astuple(config.gateway.pending)),
+            waking=[
+                *(WakeRange(address.packed, 1, wake.timeout) for address, wake in config.wakes.items()),
+                *(
+                    WakeRange(first.packed, length, pool.wake.timeout)
+                    for pool in config.pools.values()
+                    if pool.wake is not None
+                    for version in (4, 6)
+                    for first, length in pool.blocks(version)
+                ),
+            ],
         )
 
     def _service_plan(

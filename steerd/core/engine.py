@@ -139,6 +139,19 @@ class ServicePlan(msgspec.Struct, frozen=True, array_like=True):
     """Packed network address and prefix length of each; None: the PROXY protocol is not inspected."""
 
 
+class WakeRange(msgspec.Struct, frozen=True, array_like=True):
+    """`length` consecutive aliases from `first` (packed) on, whose daemons may be asleep."""
+
+    first: bytes
+    length: int
+    timeout: float
+    """Seconds for which a connection is held until its daemon listens."""
+
+    def __contains__(self, address: bytes) -> bool:
+        place = int.from_bytes(address, "big") - int.from_bytes(self.first, "big")
+        return len(address) == len(self.first) and 0 <= place < self.length
+
+
 class Plan(msgspec.Struct, frozen=True, array_like=True):
     """All that a worker needs besides the routes themselves."""
 
@@ -149,6 +162,8 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     services: list[ServicePlan]
     pending: Limits
     """Bounds on undecided connections."""
+    waking: list[WakeRange] = []
+    """Aliases whose daemons are started when a connection comes; the first that holds an address counts."""
 
 
 class Decision(NamedTuple):

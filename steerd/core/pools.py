@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from steerd.core.wake import Wake
 from steerd.model import IPAddress, IPNetwork
 
 Mode = Literal["addresses", "anyip"]
@@ -29,6 +30,8 @@ class Pool(NamedTuple):
     size: int | None = None
     quarantine: int = 600
     """Seconds for which an alias whose lease has ended is not leased to another name."""
+    wake: Wake | None = None
+    """How the daemons of its aliases are started when a connection comes; None: they are not."""
 
     def blocks(self, version: int) -> list[Block]:
         """The pool's aliases of one address family (4 or 6) as runs of consecutive addresses, in index order."""
@@ -56,8 +59,15 @@ class Pool(NamedTuple):
                 index -= block.length
         raise IndexError(f"pool {self.name} has no such IPv{version} alias")
 
+    def place_of(self, address: IPAddress) -> int | None:
+        """Which of the pool's aliases of its family an address is; None: it is none."""
+        passed = 0
+        for first, length in self.blocks(address.version):
+            if 0 <= int(address) - int(first) < length:
+                return passed + int(address) - int(first)
+            passed += length
+        return None
+
     def __contains__(self, address: object) -> bool:
         """Whether an address is one of the pool's aliases."""
-        if not isinstance(address, IPAddress):
-            return False
-        return any(0 <= int(address) - int(block.first) < block.length for block in self.blocks(address.version))
+        return isinstance(address, IPAddress) and self.place_of(address) is not None

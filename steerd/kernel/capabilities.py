@@ -25,6 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Capability(enum.IntEnum):
     """Those that steerd may have a use for, by their numbers in linux/capability.h."""
 
+    KILL = 5
     SETGID = 6
     SETUID = 7
     NET_BIND_SERVICE = 10

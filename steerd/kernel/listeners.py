@@ -6,6 +6,7 @@ that asking for wildcard listeners among 70,000 others hands over only those ask
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _MESSAGE_LENGTH = 72
 _OPERATION = struct.Struct("=BBH")
 _CONDITION = struct.Struct("=BBxxi")
 _RECEIVE = 1 << 18
+_NO_COOKIE = b"\xff" * 8
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -62,6 +64,36 @@ def all_listeners(protocol: int = TCP) -> set[tuple[bytes, int]]:
         if both and address == bytes(16):
             found.add((bytes(4), port))
     return found
+
+
+def listens(address: bytes, port: int, protocol: int = TCP, *, wildcard: bool = False) -> bool:
+    """Whether a socket takes connections (or datagrams) on exactly this packed address and port, or, if `wildcard`, on
+    the wildcard address and this port.
+
+    The kernel looks one up as for a packet from nowhere (inet_diag_dump_one_icsk, udp_dump_one), and the nearest one
+    wins: a socket bound to the address before one bound to the wildcard. Raises KernelError.
+    """
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    ours, anybody = (port.to_bytes(2, "big"), address.ljust(16, b"\0")), (bytes(2), bytes(16))
+    # Which side of the socket's name is its own is the other way round for UDP, "for historical reasons".
+    (sport, source), (dport, destination) = (anybody, ours) if protocol == UDP else (ours, anybody)
+    name = sport + dport + source + destination + bytes(4) + _NO_COOKIE
+    body = struct.pack("=BBBxI", family, protocol, 0, _STATES[protocol]) + name
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as diag:
+        diag.send(HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0) + body)
+        data = diag.recv(_RECEIVE)
+    _, kind, _, _, _ = HEADER.unpack_from(data)
+    if kind == NLMSG_ERROR:
+        (negative,) = struct.unpack_from("=i", data, 16)
+        if -negative == errno.ENOENT:
+            return False
+        name_of = PROTOCOL_NAMES[protocol].upper()
+        raise KernelError(f"The kernel refused to look for a {name_of} socket: {errno_text(-negative)}.")
+    _, found_port, found = _MESSAGE.unpack_from(data, 16)
+    if found_port != port.to_bytes(2, "big"):
+        return False
+    exact = (address.ljust(16, b"\0"), _MAPPED + address)
+    return found in exact or (wildcard and found in (bytes(16), _MAPPED + bytes(4)))
 
 
 def _bound_to_wildcard(family: int) -> bytes:

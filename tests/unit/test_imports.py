@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "relay": {"kernel", "wire", "model", "telemetry", "errors"},
     "monitor": {"config", "control", "kernel", "errors", "telemetry"},
     "record": {"control", "core", "wire", "model", "errors", "telemetry"},
+    "waker": {"config", "control", "core", "kernel", "model", "errors"},
     "worker": EVERYTHING,
     "daemon": EVERYTHING,
     "cli": EVERYTHING,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from steerd import config, daemon
 from steerd.cli import ctl, main
 from steerd.core.datagrams import MAX_DATAGRAMS
+from steerd.core.wake import Limits, Wake
 from steerd.errors import SteerdError
 from steerd.model import TCP, UDP, Reason
 from steerd.telemetry.counters import Extra
@@ -37,6 +38,14 @@ def test_the_examples_are_configurations_without_a_mistake() -> None:
     assert (names.decides_every_datagram, web.decides_every_datagram) == (True, False)
     assert [service.protocols for service in (names, web)] == [{TCP, UDP}] * 2
     assert web.idle_timeout == config.parse(datagrams.replace("idle_timeout = ", "# "), "").services[1].idle_timeout
+
+
+def test_the_example_of_daemons_that_sleep() -> None:
+    section = README.split("## Daemons that sleep\n")[1].split("\n## ")[0]
+    found = config.parse("\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE)), "README.md")
+    (pool,) = found.pools.values()
+    assert found.waking == config.parse("", "").waking == Limits()
+    assert pool.wake == Wake("tenant@{lease}.service", (), "", 10.0, 600.0)
 
 
 @pytest.mark.parametrize("key", ["syn_sent", "syn_recv", "time_wait", "close", "udp_unreplied"])

@@ -35,3 +35,12 @@ def test_it_runs_as_the_default_user_in_the_default_directories() -> None:
     assert setting("User") == [gateway.user]
     assert [f"/run/{name}" for name in setting("RuntimeDirectory")] == [gateway.run_dir]
     assert [f"/var/lib/{name}" for name in setting("StateDirectory")] == [gateway.state_dir]
+
+
+def test_the_drop_in_grants_what_commands_that_are_woken_need() -> None:
+    wake = '[pools.p]\nprefixes = ["10.64.0.0/24"]\nwake = ["/bin/a", "{alias}"]\nuser = "a"'
+    usual = privileges.needed(config.parse("", ""))
+    more = [str(need.capability) for need in privileges.needed(config.parse(wake, "")) if need not in usual]
+    text = UNIT.with_name("wake-commands.conf").read_text()
+    for name in ("AmbientCapabilities", "CapabilityBoundingSet"):
+        assert re.findall(rf"^{name}=(.*)$", text, re.MULTILINE) == [" ".join(more)]

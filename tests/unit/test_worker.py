@@ -21,6 +21,7 @@ import structlog
 
 from steerd import config, late
 from steerd import worker as worker_module
+from steerd.control.doors import Porter
 from steerd.control.registry import Registry
 from steerd.control.states import States
 from steerd.core.engine import Decision
@@ -154,6 +155,7 @@ class Lab:
         registry.close()
         self.counters = Counters.create(directory / "counters", 1)
         self.states = States.create(str(directory), MARK.highest_id)
+        self.porter = Porter(str(directory))
         self.nftables = StandInNftables()
         self._log = directory / "log"
         self._stderr = self._log.open("w")
@@ -183,6 +185,9 @@ class Lab:
 
     def close(self) -> None:
         self._stderr.close()
+        self.porter.close()
+        if hasattr(self, "worker"):
+            self.worker._visitor.close()
 
     def events(self) -> list[dict[str, Any]]:
         """The worker's log."""
