@@ -143,8 +143,10 @@ class Explanation(NamedTuple):
 class Explainer:
     """Explains by one plan."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: Known, most_looked_at: int | None = None) -> None:
+        """`most_looked_at`: routes that are looked through in all; None: MAX_LOOKED_AT_IN_ALL."""
         self._known = known
+        self._most_looked_at = MAX_LOOKED_AT_IN_ALL if most_looked_at is None else most_looked_at
         self._mark = MarkLayout(known.plan.mark_low, known.plan.mark_high)
         self._looked_at = 0
         self._said: list[Said] = []
@@ -480,7 +482,7 @@ class Explainer:
         """The routes that come closest to matching, and whether all were looked at."""
         routes = itertools.chain.from_iterable(self._known.routes(plan.name, probe) for probe in plan.probes)
         found: list[tuple[float, int, Near]] = []
-        room = min(MAX_LOOKED_AT, MAX_LOOKED_AT_IN_ALL - self._looked_at)
+        room = min(MAX_LOOKED_AT, self._most_looked_at - self._looked_at)
         number = 0
         for number, route in enumerate(itertools.islice(routes, room), 1):
             wrong = failing(route, keys, source)

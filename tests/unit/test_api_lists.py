@@ -1,5 +1,5 @@
 """The API's view of what is configured and who has what: services, endpoints, pools, aliases, targets, all routes,
-status."""
+status; and explain."""
 
 from __future__ import annotations
 
@@ -206,3 +206,48 @@ def test_status(api: Served) -> None:
     }
     assert found["machine"]["conntrack"] == {"entries": 7, "limit": 262144}
     assert found["machine"]["workers"][0]["is_bound"] is False
+
+
+def test_explain(api: Served) -> None:
+    to = {"to": "203.0.113.10:443", "client": "198.51.100.7:5000"}
+    status, answer = api.ask("POST", "/v1/explain", to | {"keys": {"http.host": "A.example"}})
+    assert (status, answer["note"]) == (200, "By what is in force now.")
+    (told,) = answer["explanations"]
+    assert (told["outcome"], told["reason"], told["target"]) == ("steer", "route", "10.64.0.1:80")
+    assert (told["client"], told["endpoint"]) == ("198.51.100.7:5000", "203.0.113.10:443/tcp")
+    assert told["matched"] == ["http.host=a.example (services.web.routes[0])"]
+    assert told["steps"][0].keys() == {"about", "text"}
+    # What was put a moment ago counts.
+    body = {"when": {"http.host": "new.example"}, "target": "10.64.0.4:80"}
+    assert api.ask("PUT", "/v1/services/web/routes", body)[0] == 201
+    (told,) = api.ask("POST", "/v1/explain", to | {"keys": {"http.host": "new.example"}})[1]["explanations"]
+    assert told["target"] == "10.64.0.4:80"
+    payload = b"GET / HTTP/1.1\r\nHost: b.example\r\n\r\n".hex()
+    (told,) = api.ask("POST", "/v1/explain", to | {"hex": [payload]})[1]["explanations"]
+    assert (told["target"], told["parsers"][0]["parser"]) == ("192.0.2.7:443", "http")
+    (told,) = api.ask("POST", "/v1/explain", {"to": "203.0.113.9:1500", "extension": 3})[1]["explanations"]
+    assert (told["reason"], told["target"]) == ("arithmetic", "10.64.0.2:8080")
+
+
+@pytest.mark.parametrize(
+    ("question", "field", "said"),
+    [
+        ({}, "to", "either it or hex says"),
+        ({"to": "x"}, "to", "to must be ADDRESS:PORT"),
+        ({"to": "fe80::1%" + "z" * 500 + ":1"}, "to", "to must be ADDRESS:PORT"),
+        ({"to": "203.0.113.10:" + "9" * 5000}, "to", "to must be ADDRESS:PORT"),
+        ({"to": "203.0.113.10:443", "client": "[::1]:1"}, "client", "client and to are of two address families"),
+        ({"to": "203.0.113.10:443/sctp"}, "to", "neither tcp nor udp"),
+        ({"to": "203.0.113.10:443", "keys": {"portext.dst": "x"}}, "keys", "from 0 to 65535"),
+        ({"to": "203.0.113.10:443", "keys": {"proxy.source": "x"}}, "keys", "proxy.source=x: "),
+        ({"to": "203.0.113.10:443", "extension": 65536}, "extension", "<= 65535"),
+        ({"hex": ["zz"]}, "hex", "two hexadecimal digits a byte"),
+        ({"hex": ["00"]}, "hex", "no IP packet"),
+        ({"hex": ["00"] * 257}, "hex", "length <= 256"),
+        ({"sni": "a"}, "to", "go with to"),
+    ],
+)
+def test_a_question_that_makes_no_sense(api: Served, question: object, field: str, said: str) -> None:
+    status, problem = api.ask("POST", "/v1/explain", question)
+    assert (status, problem["code"], problem["field"]) == (400, "invalid", field)
+    assert said in problem["message"]

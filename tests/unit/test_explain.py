@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from scapy.utils import PcapNgWriter
 
 from steerd import config
 from steerd.cli import ctl, main
 from steerd.cli import explain as cli
+from steerd.control import explain as asking
 from steerd.control.registry import Registry
 from steerd.control.routes import origin_of
 from steerd.core import explain
@@ -147,7 +149,7 @@ def held_together(told: Explanation, made: config.Config) -> None:
     assert (told.target is not None) == told.is_steered
     assert (told.mark is None) == (decision.outcome in (Outcome.DROP, Outcome.LATE))
     assert cli.as_text(told).isascii()
-    assert json.loads(json.dumps(cli.as_values(told)))["reason"] == decision.reason.name.lower()
+    assert json.loads(msgspec.json.encode(asking.view(told)))["reason"] == decision.reason.name.lower()
 
 
 def parsers_gave(told: Explanation) -> dict[str, str]:
@@ -293,7 +295,7 @@ def test_by_keys(
 ) -> None:
     found, (told,) = explained(run, file, *arguments)
     assert (found, told["target"], told["reason"]) == (status, target, reason)
-    assert told["meaning"] == cli.meanings()[Reason[reason.upper()]]
+    assert told["meaning"] == asking.meanings()[Reason[reason.upper()]]
     assert [place(route) for route in told["matched"]] == matched
     assert [place(each["route"]) for each in told["near"]] == near
     text = run(main.main, "explain", file, *arguments)
@@ -306,8 +308,8 @@ def place(route: str) -> int:
 
 
 def test_every_reason_has_a_meaning() -> None:
-    assert cli.meanings().keys() == set(Reason)
-    assert cli.meanings()[Reason.ROUTE] == "A route matched."
+    assert asking.meanings().keys() == set(Reason)
+    assert asking.meanings()[Reason.ROUTE] == "A route matched."
 
 
 def test_what_is_said_on_the_way(run: Run, file: Path) -> None:
@@ -475,8 +477,8 @@ def test_no_more_of_a_capture_is_kept_than_decides() -> None:
     data = SYN._replace(flags=wire.ACK, payload=b"x")
     others = [data._replace(sport=1), data._replace(protocol=UDP, flags=0)]
     packets = [SYN, data._replace(payload=b""), *[data] * 1000, SYN._replace(seq=9), data, *others]
-    kept = [SYN, *[data] * (cli.MAX_PACKETS - 1), SYN._replace(seq=9), data, *others]
-    assert list(cli.first_packets(packets)) == kept
+    kept = [SYN, *[data] * (asking.MAX_PACKETS - 1), SYN._replace(seq=9), data, *others]
+    assert list(asking.first_packets(packets)) == kept
 
 
 def test_a_capture_of_something_else(run: Run, file: Path) -> None:

@@ -96,6 +96,8 @@ class Operation(Generic[P, Q, B]):
     answers: Mapping[int, type[Struct | Lines] | None]
     errors: tuple[str, ...] = ()
     """Codes, beside those that every operation may have."""
+    at_once: int | None = None
+    """How many of it are carried out at a time, for what takes much memory or time; None: any number."""
     private: bool = False
     """Not on the read-only socket: who reads it may learn what lets him in somewhere."""
 

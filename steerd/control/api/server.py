@@ -26,7 +26,7 @@ from msgspec import Struct
 from steerd.control.api.connection import Connection, hang_up, problem
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Lines, Nothing, Request
-from steerd.control.api.peers import Door
+from steerd.control.api.peers import MAX_CONNECTIONS, Door
 from steerd.control.api.table import OPERATIONS
 from steerd.control.client import read_only_socket_path, socket_path
 from steerd.control.sessions import RequestError
@@ -39,8 +39,6 @@ _MODE_FOR_ALL = 0o666
 _MAX_BODY = 65536
 _MAX_LINES = 16 << 20
 _BODY_SECONDS = 30.0
-_MOST_IMPORTS = 2
-"""At a time: each may take _MAX_LINES of memory, and a few times that while it is read."""
 _STREAM_SECONDS = 60.0
 """How long a reader of an export may take for some thousand lines: as long as it reads, no page is used again."""
 _SHUTDOWN_SECONDS = 1.0
@@ -77,7 +75,6 @@ class Api:
         self._on_refused = on_refused
         self._read_only_group = read_only_group
         self._threads = ThreadPoolExecutor(_THREADS, "api")
-        self._importing = asyncio.Semaphore(_MOST_IMPORTS)
         app = web.Application(middlewares=[self._errors_as_json, self._doors], client_max_size=_MAX_BODY)
         app.add_routes(
             web.RouteDef(operation.method, operation.path, self._handler(operation), {}) for operation in OPERATIONS
@@ -140,18 +137,18 @@ class Api:
         )
 
     def _handler(self, operation: AnyOperation) -> Handler:
+        turn = asyncio.Semaphore(operation.at_once or MAX_CONNECTIONS)
+
         async def handler(http: web.Request) -> web.StreamResponse:
             if operation.private and _door(http).read_only:
                 return problem("forbidden", "path", f"{http.path} is not for the read-only socket.")
             parameters = _from_text(http.match_info, operation.parameters)
             query = _from_text(http.query, operation.query)
-            if operation.body is Lines:
-                async with self._importing:
-                    request = Request(parameters, query, await _read(_lines(http)))
-                    answer = await self._carried_out(operation, request)
-            else:
-                request = Request(parameters, query, await _read(_body(http, operation.body)))
-                answer = await self._carried_out(operation, request)
+            # Lines are many: their turn comes first.
+            body = None if operation.body is Lines else await _body(http, operation.body)
+            async with turn:
+                body = body or await _body(http, operation.body)
+                answer = await self._carried_out(operation, Request(parameters, query, body))
             if isinstance(answer.value, Struct):
                 return _json(answer.status, answer.value)
             if answer.value is None:
@@ -250,24 +247,23 @@ def _door(request: web.Request) -> Door:
     return _connection(request).door
 
 
-async def _read(body: Awaitable[Any]) -> Any:
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            return await body
-    except TimeoutError:
-        raise _TooSlowError from None
-
-
 def _json(status: int, value: Struct) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
-async def _body(http: web.Request, kind: type[T]) -> T | Nothing:
-    """The request's body as an operation wants it; raises RequestError, naming the field."""
+async def _body(http: web.Request, kind: type[Struct | Lines]) -> Struct | Lines:
+    """The request's body as an operation wants it; raises RequestError, naming the field, and _TooSlowError."""
     if kind is Nothing:
         return Nothing()
     try:
-        return msgspec.json.decode(await http.read(), type=kind)
+        async with asyncio.timeout(_BODY_SECONDS):
+            if kind is Lines:
+                return await _lines(http)
+            text = await http.read()
+    except TimeoutError:
+        raise _TooSlowError from None
+    try:
+        return msgspec.json.decode(text, type=kind)
     except RecursionError as error:
         raise RequestError("invalid", None, "The body is nested too deeply.") from error
     except msgspec.ValidationError as error:

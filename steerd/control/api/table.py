@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steerd.control.api import (
     document,
+    explain,
     flows,
     leases,
     log,
@@ -46,6 +47,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
     *leases.OPERATIONS,
     *flows.OPERATIONS,
     *transfer.OPERATIONS,
+    *explain.OPERATIONS,
     *reload.OPERATIONS,
     *log.OPERATIONS,
 )

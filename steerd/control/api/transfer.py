@@ -49,5 +49,6 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         body=Lines,
         answers={200: transfer.Loaded},
         errors=("not_found", "conflict"),
+        at_once=2,
     ),
 )
