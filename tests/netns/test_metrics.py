@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from steerd.model import Extension, Reason
-from steerd.telemetry.counters import Counters, LogSwitch
+from steerd.telemetry.counters import Counters
 from tests.netns.gateway import ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 from tests.unit.test_metrics import ALERTS, DASHBOARD, queries
@@ -39,6 +39,7 @@ endpoints = ["203.0.113.10:80/tcp", "[2001:db8::10]:80/tcp"]
 inspect = ["tls", "http"]
 routes = [{ when = { "http.host" = "a.example" }, target = ["10.64.0.1:8080", "[fd00:64::1]:8080"] }]
 """
+METRICS = '[gateway.metrics]\nlisten = "127.0.0.1:9464"\n'
 ENDPOINT = {4: ENDPOINT4, 6: ENDPOINT6}
 Samples = dict[tuple[str, ...], float]
 
@@ -214,7 +215,7 @@ def test_a_place_that_is_taken_keeps_the_daemon_from_starting(lab: Gateway) -> N
     with lab.host.entered():
         taken = socket.create_server(("127.0.0.1", 9464))
     with taken:
-        lab.configure(CONFIG + '[gateway.metrics]\nlisten = "127.0.0.1:9464"\n')
+        lab.configure(CONFIG + METRICS)
         done = subprocess.run(
             lab.host.command(sys.executable, "-m", "steerd.cli.main", "run", str(lab.config)),
             capture_output=True, text=True, cwd=ROOT, check=False,
@@ -252,14 +253,16 @@ def test_failed_decisions_are_logged_with_their_keys_and_not_more_than_so_many(l
 
 def test_the_access_log_is_switched_while_it_runs_and_names_the_route(lab: Gateway) -> None:
     start(lab)
-    counters = Counters.open(lab.directory / "run" / "counters", write=True)
+
+    def switch(*words: str) -> str:
+        return lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.ctl log {' '.join(words)} --config {lab.config}")
 
     def lines() -> list[dict[str, object]]:
         return [event for event in lab.events() if event["event"] == "decision"]
 
     say(lab, request("a.example"))
     assert lines() == []
-    counters.log = LogSwitch(20, 1)
+    assert switch("access", "all") == "level: info\ndecisions: all\n"
     for version in (4, 6):
         say(lab, request("a.example"), version)
         lab.ask(Extension(3, 0), 443, version=version)
@@ -270,11 +273,21 @@ def test_the_access_log_is_switched_while_it_runs_and_names_the_route(lab: Gatew
         ("http", "route", "services.web.routes[0]", "[fd00:64::1]:8080"),
         ("port-extension", "arithmetic", None, "[fd00:64::2]:8080"),
     ]
-    counters.log = LogSwitch(40, 1)
+    assert switch("level", "error") == "level: error\ndecisions: all\n"
     say(lab, request("a.example"))
-    counters.log = LogSwitch(20, 0)
+    switch("level", "info")
+    switch("access", "off")
     say(lab, request("a.example"))
     assert len(lines()) == 4
+    # A reload that says nothing new of it leaves the switch alone.
+    switch("access", "3")
+    for body, expected in ((CONFIG, "one of 3, and those that failed"), (CONFIG.replace("a.ex", "b.ex"), "all")):
+        lab.configure(body + METRICS, "access_log = 1" if expected == "all" else "")
+        reloads = lab.count_events("reloaded")
+        assert lab.daemon is not None
+        lab.daemon.send_signal(signal.SIGHUP)
+        lab.wait(lambda: lab.count_events("reloaded") > reloads, "the daemon has reloaded")  # noqa: B023
+        assert switch() == f"level: info\ndecisions: {expected}\n"
 
 
 # ---- what is shipped ----

@@ -11,7 +11,7 @@ Modules are light, since a shell's completion imports all of them: what a comman
 from __future__ import annotations
 
 from steerd.cli import common
-from steerd.cli.ctl import explain, flows, leases, probe, routes, sessions, status, transfer
+from steerd.cli.ctl import explain, flows, leases, log, probe, routes, sessions, status, transfer
 
 app = common.new_app(completes=True)
 
@@ -26,6 +26,7 @@ for noun in (routes, leases, sessions):
     app.add_typer(noun.app, name=noun.NAME)
     app.add_typer(noun.app, name=noun.PLURAL, hidden=True)
 app.add_typer(flows.app, name="flows")
+app.add_typer(log.app, name="log")
 app.command()(explain.explain)
 app.command()(probe.probe)
 app.command("export")(transfer.export_registry)
