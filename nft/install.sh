@@ -18,6 +18,8 @@ usage: install.sh [ACTION] [OPTION...]
                      set the sysctls that late steering needs
   --check            say whether the kernel would take it, and which sysctls differ; changes nothing
   --print            print what would be loaded; changes nothing
+  --status           say what is loaded, whether workers listen, which sysctls differ, and which firewall would drop
+                     steered connections, with the rule to add; changes nothing; exit status 1 if something is amiss
   --uninstall        remove the table, and the queue rules of the fall-back, whole; set the sysctls back
 
   --mark-bits L-H    the bits of the packet mark that are ours (8-31); the same as gateway.mark_bits
@@ -52,7 +54,7 @@ integer() {
 
 while [ $# -gt 0 ]; do
 	case $1 in
-	--check | --print | --uninstall) action=${1#--} ;;
+	--check | --print | --status | --uninstall) action=${1#--} ;;
 	--native | --fallback) queueing=${1#--} ;;
 	--no-sysctl) sysctls=no ;;
 	--mark-bits | --queues | --first-queue | --set | --run-dir)
@@ -243,6 +245,144 @@ restore_sysctls() {
 	rm "$saved"
 }
 
+# firewall_drops HOOK: the base chains of others in a hook that drop a new connection whose address was translated, one
+# line each: FAMILY TABLE CHAIN HAS-UFW. A firewall that is not told of steerd's decision sees nothing but a connection
+# to the alias and its port.
+#
+# Chains are followed as the kernel does, as far as that can be said of any such connection: it is new, it does not come
+# from lo, and in the hook input it is for a local address. A rule with any other condition is taken not to match, but
+# for those that only lead on (jump, goto) by interface or protocol. So a rule against single ports or addresses is not
+# found; who wrote it must know whether the ports of aliases are meant.
+firewall_drops() {
+	nft -t list ruleset 2>/dev/null | awk -v hook="$1" '
+	function strip(rule) {
+		sub(/ *# handle [0-9]+$/, "", rule)
+		sub(/ comment "[^"]*"$/, "", rule)
+		gsub(/counter packets [0-9]+ bytes [0-9]+ ?/, "", rule)
+		gsub(/counter name "[^"]*" ?/, "", rule)
+		gsub(/log( prefix "[^"]*")?( level [a-z]+)?( flags [a-z ]+)? /, "", rule)
+		return rule
+	}
+	# What is known of every condition: 1 holds, 0 does not, -1 who knows.
+	function holds(conditions) {
+		if (conditions == "" || conditions == "ct state new") return 1
+		if (conditions ~ /^ct status (== )?dnat$/) return 1
+		if (conditions ~ /^ct (state|status) [a-z, {}]*new/ ) return 1
+		if (conditions == "fib daddr type local") return hook == "input"
+		if (conditions ~ /^(ct state|iif(name)? "?lo"?)/) return 0
+		return -1
+	}
+	function judge(chain, depth,    n, i, rule, verdict, conditions, known, there) {
+		if (depth > 16) return ""
+		n = length_of[chain]
+		for (i = 1; i <= n; i++) {
+			rule = strip(rules[chain, i])
+			if (rule ~ /ct status [a-z,{} ]*dnat.* accept$/ && rule !~ /!=/) return "accept"
+			if (!match(rule, /(accept|drop|reject.*|return|(jump|goto) [^ ]+)$/)) continue
+			verdict = substr(rule, RSTART)
+			conditions = substr(rule, 1, RSTART - 1)
+			sub(/ +$/, "", conditions)
+			known = holds(conditions)
+			if (verdict ~ /^(jump|goto) /) {
+				if (known == 0 || (known == -1 && conditions !~ /^(iif|meta (iif|l4proto|nfproto)|ip6? protocol|tcp flags)/)) continue
+				there = judge(prefix SUBSEP substr(verdict, 6), depth + 1)
+				if (there == "drop" || (there == "accept" && known == 1)) return there
+				if (verdict ~ /^goto/ && known == 1) return ""
+			} else if (known == 1) {
+				if (verdict ~ /^(drop|reject)/) return "drop"
+				return verdict == "accept" ? "accept" : ""
+			}
+		}
+		return ""
+	}
+	$1 == "table" { family = $2; table = $3; next }
+	$1 == "chain" && $3 == "{" { chain = family SUBSEP table SUBSEP $2; if ($2 ~ /^ufw6?-before-input$/) ufw[family, table] = 1; next }
+	/^\t(\}|[a-z])/ { chain = "" }
+	chain == "" { next }
+	/^\t\ttype .* hook / {
+		if ($0 ~ ("hook " hook " ") && family ~ /^(ip|ip6|inet)$/ && !(family == "inet" && table == "steerd")) {
+			base[++bases] = chain
+			policy[chain] = ($0 ~ /policy drop/) ? "drop" : ""
+		}
+		next
+	}
+	/^\t\tcomment "/ { next }
+	/^\t\t\t/ { rules[chain, length_of[chain]] = rules[chain, length_of[chain]] $0; next }
+	/^\t\t[^ \t}]/ { sub(/^\t\t/, ""); rules[chain, ++length_of[chain]] = $0 }
+	END {
+		for (b = 1; b <= bases; b++) {
+			split(base[b], part, SUBSEP)
+			prefix = part[1] SUBSEP part[2]
+			verdict = judge(base[b], 0)
+			if (verdict == "") verdict = policy[base[b]]
+			if (verdict == "drop") print part[1], part[2], part[3], ((part[1], part[2]) in ufw) ? "ufw" : "-"
+		}
+	}'
+}
+
+# rule_to_add FAMILY TABLE CHAIN HAS-UFW: in the words of who keeps that firewall.
+rule_to_add() {
+	case $1 in ip6) six=6 ;; *) six= ;; esac
+	if [ "$4" = ufw ]; then
+		case $3 in FORWARD) way=forward ;; *) way=input ;; esac
+		echo "    in /etc/ufw/before$six.rules, before COMMIT, and then \`ufw reload\`:"
+		echo "    -A ufw$six-before-$way -m conntrack --ctstate DNAT -j ACCEPT"
+	elif [ "$2" = filter ] && [ "$1" != inet ] && { [ "$3" = INPUT ] || [ "$3" = FORWARD ]; }; then
+		echo "    ip${six}tables -I $3 -m conntrack --ctstate DNAT -j ACCEPT"
+	else
+		echo "    nft insert rule $1 $2 $3 ct status dnat accept"
+	fi
+}
+
+report_firewalls() {
+	firewall_drops input | while read -r family table chain ufw; do
+		echo "firewall: chain $chain of table $family $table drops steered connections, which it sees as new ones to an alias; add the rule"
+		rule_to_add "$family" "$table" "$chain" "$ufw"
+	done
+	[ ! -s /proc/net/ip_tables_names ] && [ ! -s /proc/net/ip6_tables_names ] ||
+		echo "firewall: there are rules of iptables-legacy, which nft does not show; if they drop in INPUT, add: iptables-legacy -I INPUT -m conntrack --ctstate DNAT -j ACCEPT"
+}
+
+note_forwarding() {
+	firewall_drops forward | while read -r family table chain ufw; do
+		echo "for targets that are not on this machine (external): chain $chain of table $family $table drops what is forwarded to them; add the rule"
+		rule_to_add "$family" "$table" "$chain" "$ufw"
+	done
+}
+
+report_workers() {
+	n=$first_queue
+	while [ "$n" -lt $((first_queue + queues)) ]; do
+		awk -v n="$n" '$1 == n { found = 1 } END { exit !found }' /proc/net/netfilter/nfnetlink_queue 2>/dev/null ||
+			echo "queue $n: no worker listens; new connections wait, and are dropped (does steerd run?)"
+		n=$((n + 1))
+	done
+}
+
+# Each part says nothing where all is well.
+status() {
+	amiss=
+	if nft list chain inet steerd divert >/dev/null 2>&1; then
+		echo "table inet steerd is loaded (queue: $queueing)"
+		amiss=$(report_workers)
+	else
+		amiss="table inet steerd is not loaded"
+	fi
+	[ $sysctls = no ] || amiss="$amiss
+$(report_sysctls 2>&1 || :)"
+	amiss="$amiss
+$(report_firewalls)"
+	amiss=$(printf '%s\n' "$amiss" | sed '/^$/d')
+	[ -z "$amiss" ] || printf '%s\n' "$amiss"
+	note_forwarding
+	if [ -e "$saved" ]; then
+		while read -r name first ours; do
+			echo "sysctl $name was $first before steerd set it to $ours; --uninstall sets it back"
+		done <"$saved"
+	fi
+	[ -z "$amiss" ]
+}
+
 command -v nft >/dev/null 2>&1 || die "nft is not installed"
 if [ "$queueing" = ask ]; then
 	if kernel_has_queue; then queueing=native; else queueing=fallback; fi
@@ -255,6 +395,7 @@ check)
 	[ $sysctls = no ] || report_sysctls
 	echo "ok: the kernel takes the table (queue: $queueing)"
 	;;
+status) status || exit 1 ;;
 install)
 	if [ $sysctls = yes ]; then
 		# A table that the kernel refuses must not have changed anything. Besides, asking has nf_conntrack loaded, before

@@ -18,6 +18,7 @@ if [ "${1:-}" = programs ]; then
 	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool ngtcp2-client)
 	packages+=(wireguard-go wireguard-tools)
 	packages+=(prometheus) # for promtool
+	packages+=(ufw) # a firewall to live beside, in namespaces
 	# Ubuntu has it as a snap only, which does not run in a namespace.
 	if grep -qx ID=debian /etc/os-release; then packages+=(chromium); fi
 fi
@@ -35,7 +36,7 @@ as_root() {
 }
 
 services=(nginx.service ssh.service ssh.socket postgresql.service haproxy.service mosquitto.service kamailio.service
-	prometheus.service)
+	prometheus.service ufw.service)
 enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
 
 missing=()

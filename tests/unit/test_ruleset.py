@@ -132,6 +132,17 @@ def test_every_chain_has_a_comment() -> None:
         assert re.search(r'^\t\tcomment "[^"]{10,}"$', text, re.MULTILINE), name
 
 
+def test_the_picture_of_the_hooks_has_every_chain_with_its_priority() -> None:
+    picture = TEMPLATE_PATH.with_name("README.md").read_text().split("```")[1]
+    names = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0}
+    hooked = re.findall(r"^\tchain (\w+) \{\n\t\ttype \w+ hook \w+ priority (.*?);", BODY, re.MULTILINE)
+    assert len(hooked) > 10
+    for chain, written in hooked:
+        word, _, offset = written.partition(" ")
+        priority = (names[word] if word in names else int(word)) + int(offset.replace(" ", "") or 0)
+        assert re.search(rf"(?<!\S){priority} +{chain}\b", picture), (chain, priority)
+
+
 def test_a_load_empties_and_fills_every_chain_but_the_operators() -> None:
     flushed = re.findall(r"^flush chain inet steerd (\w+)$", BODY, re.MULTILINE)
     assert sorted(flushed) == sorted(chains().keys() - {"admit", "zoned"})
