@@ -139,6 +139,25 @@ def test_a_sighup_that_comes_while_the_daemon_starts_is_a_reload(lab: Gateway) -
     lab.wait(lambda: lab.count_events("reloaded") == 1, "the daemon has reloaded")
 
 
+def test_steerctl_reload_answers_when_it_is_in_force_or_says_what_is_wrong(lab: Gateway) -> None:
+    def steerctl() -> tuple[int, str, str]:
+        command = lab.host.command(sys.executable, "-m", "steerd.cli.ctl", "reload", "--config", str(lab.config))
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
+        return done.returncode, done.stdout, done.stderr
+
+    lab.start()
+    lab.configure(CONFIG + SPARE.format(first=9000))
+    assert steerctl() == (0, f"{lab.config} is in force: services 2, pools 2\n", "")
+    assert "9000-9010" in lab.host.sh("nft list set inet steerd late4")
+    lab.expected_warnings = ["not reloaded; the running configuration stays"]
+    lab.configure(CONFIG + SPARE.format(first=9000).replace("/28", "/99") + "frob = 1\n")
+    status, said, error = steerctl()
+    assert (status, said) == (1, "")
+    assert f"{lab.config}: pools.spare.prefixes[0]: " in error
+    assert f"{lab.config}: services.spare.frob: " in error
+    assert "9000-9010" in lab.host.sh("nft list set inet steerd late4")
+
+
 def holds_back_sighup(pid: int) -> bool:
     blocked = re.search(r"^SigBlk:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert blocked is not None

@@ -11,7 +11,7 @@ Modules are light, since a shell's completion imports all of them: what a comman
 from __future__ import annotations
 
 from steerd.cli import common
-from steerd.cli.ctl import explain, flows, leases, log, probe, routes, sessions, status, transfer
+from steerd.cli.ctl import explain, flows, leases, log, probe, reload, routes, sessions, status, transfer
 
 app = common.new_app(completes=True)
 
@@ -22,6 +22,7 @@ def _options(_version: common.Version = False) -> None:
 
 
 app.command()(status.status)
+app.command()(reload.reload)
 for noun in (routes, leases, sessions):
     app.add_typer(noun.app, name=noun.NAME)
     app.add_typer(noun.app, name=noun.PLURAL, hidden=True)

@@ -28,11 +28,18 @@ def run_dir(config: Path) -> str:
     return configuration.load(config).gateway.run_dir
 
 
-def request(config: Path, method: str, *path: str, query: dict[str, str] | None = None, body: object = None) -> Any:
+def request(
+    config: Path,
+    method: str,
+    *path: str,
+    query: dict[str, str] | None = None,
+    body: object = None,
+    timeout: float = 60.0,
+) -> Any:
     """What the API answers (control.client.request)."""
     from steerd.control import client
 
-    return client.request(run_dir(config), method, *path, query=query, body=body)
+    return client.request(run_dir(config), method, *path, query=query, body=body, timeout=timeout)
 
 
 def pages(config: Path, what: str, *path: str) -> list[dict[str, Any]]:
