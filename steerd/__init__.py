@@ -40,6 +40,8 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
+    record.py      the half of a worker that counts and logs decisions
+    monitor.py     metrics for Prometheus, served by the main process
     waker.py       the part of the main process that starts sleeping daemons and puts them to sleep
     config.py      TOML to values; every mistake found, each with its key
     privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
@@ -55,7 +57,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     control/       registry (LMDB): ids, routes, leases, the plan; what must outlive a process and what all workers read
                    sessions and claims on them; states of targets in shared memory, and doors of
                    daemons that sleep; the API and its client
-    telemetry/     counters in shared memory, logs
+    telemetry/     counters in shared memory, what metrics are called, logs; a dashboard and alert rules
 
 Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and
 model; core sees wire and model; wire sees model.

@@ -23,7 +23,7 @@ from steerd.wire import packet as wire
 from steerd.wire.packet import Packet
 
 _FAILED = (Outcome.DROP, Outcome.RESET, Outcome.ALERT)
-_FAILURES_PER_SECOND, _FAILURES_AT_ONCE = 5, 20
+FAILURES_PER_SECOND, FAILURES_AT_ONCE = 5, 20
 _SHOWN_BYTES = 64
 """Of a packet of which nothing else can be said."""
 
@@ -39,7 +39,7 @@ class Record:
         self._meter = Meter(counters, worker)
         self._reader = reader
         self._log = log
-        self._failures = logs.Allowance(_FAILURES_PER_SECOND, _FAILURES_AT_ONCE)
+        self._failures = logs.Allowance(FAILURES_PER_SECOND, FAILURES_AT_ONCE)
         self._began = 0
         self._until_logged = self._access = 0
         self._see_switch()

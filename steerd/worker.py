@@ -139,6 +139,7 @@ class Worker:
         self._sleepy: dict[int, tuple[int, float]] = {}
         self._answering: set[tuple[int, int]] = set()
         self._generation = generation
+        self._log.debug("plan taken up", services=len(plan.services), endpoints=len(plan.endpoints))
 
     def run(self) -> None:
         """Serve the queue for ever."""
@@ -304,6 +305,7 @@ class Worker:
             return decision._replace(outcome=Outcome.DROP, reason=Reason.NOT_LOADED)
         self._loaded.add(decision.target_id)
         self._slot[Extra.LOADED] += 1
+        self._log.debug("target loaded", target=str(target), id=decision.target_id)
         asleep = next((each for each in self._waking if target.address.packed in each), None)
         if asleep is not None:
             self._sleepy[decision.target_id] = (target.port, asleep.timeout)

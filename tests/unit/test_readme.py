@@ -18,7 +18,8 @@ from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.core.wake import Limits, Wake
 from steerd.errors import SteerdError
 from steerd.model import TCP, UDP, Reason
-from steerd.telemetry.counters import Extra
+from steerd.record import FAILURES_PER_SECOND
+from steerd.telemetry.counters import MAX_SERIES, OTHER, Extra
 from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Parser, transports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,17 @@ def test_what_a_reload_cannot_change() -> None:
     running = SimpleNamespace(_config=config.parse("", ""))
     with pytest.raises(SteerdError, match=r"^new: gateway\.mark_bits changed, which needs a restart of the daemon$"):
         daemon.Daemon._apply(cast(daemon.Daemon, running), config.parse('[gateway]\nmark_bits = "0-23"', "new"))
+
+
+def test_metrics_and_logs() -> None:
+    assert f"At most {MAX_SERIES} pairs of a service" in README
+    assert f"the rest as `{OTHER}`" in README
+    assert f"in each worker {FAILURES_PER_SECOND} a\nsecond" in README
+    for text in re.findall(r"^\| `metrics.listen` \| none \| (.*) \|$", README, re.MULTILINE)[0].split(" or "):
+        for listen in re.findall(r'"([^"]+)"', text):
+            assert str(config.parse_listen(listen)) == listen
+    (directory,) = re.findall(r"In `(steerd/telemetry/\w+)` are", README)
+    assert {path.name for path in (ROOT / directory).iterdir()} == {"alerts.yml", "dashboard.json"}
 
 
 def test_the_numbers_of_datagrams() -> None:
