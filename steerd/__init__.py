@@ -64,7 +64,8 @@ model; core sees wire and model; wire sees model.
 
 **Two kinds of process.** The main process owns the configuration, the registry, the aliases and the table. It starts
 one worker for each queue, and again if it dies. A worker owns nothing that must survive it. Kill any of them at any
-time: established connections do not notice, new ones wait for a repeated SYN.
+time: established connections do not notice, new ones wait for a repeated SYN. Where daemons listen on unix sockets
+there is a third kind, the relay (steerd.relay), and only what it copies depends on it.
 
 **A daemon that sleeps** is started by the first connection to it. The worker that finds its door shut
 (steerd.core.wake) holds the connection and asks the main process, whose part steerd.waker starts the unit or command,

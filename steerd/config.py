@@ -38,6 +38,7 @@ from steerd import paths
 from steerd.core.choice import MAX_MEMBERS, SOURCE
 from steerd.core.marks import FIRST_TARGET_ID, MARK_BITS, MarkLayout
 from steerd.core.pools import Mode, Pool
+from steerd.core.relays import Seats
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes, key_rank
 from steerd.core.sessions import MAX_ID, OnNewSource, SessionEntry, Sessions
 from steerd.core.wake import MAX_TIMEOUT, Wake, check_template
@@ -58,6 +59,7 @@ from steerd.model import (
     Policy,
     Route,
     Target,
+    UnixDaemon,
 )
 from steerd.wire import dns, portext, quic, quic_lb
 from steerd.wire.portext import Numbers
@@ -86,12 +88,18 @@ _WAKE_TIMEOUT = 10.0
 _MAX_PORT = 65535
 _MAX_EXTENDED_PORT = (1 << 32) - 1
 _MAX_QUEUES = 65536
-_MAX_SOCKET_PATH = 107  # sun_path, with a zero behind it (unix(7))
+_MAX_SOCKET_PATH = 107  # sun_path, with a zero behind it, or before an abstract name (unix(7))
 _KERNEL_TCP_OPTIONS = {19: "MD5", 28: "user timeout", 29: "TCP-AO", 30: "MPTCP", 34: "Fast Open", 69: "TCP-ENO"}
 _IPV4 = re.compile(r"[0-9.]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}")  # what useradd(8) allows, and upper case
 _ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+
+_UNIX = ("unix:", "unix-fd:")
+_KINDS: dict[str, Literal["unix", "unix-fd"]] = {"unix": "unix", "unix-fd": "unix-fd"}
+
+Place = Callable[[str, Pool], tuple[IPAddress, ...] | None]
+"""The aliases of a pool for a daemon's name (core.relays.Seats.place)."""
 
 _Rate = Annotated[int, Meta(ge=1, le=(1 << 32) - 1)]
 # The kernel multiplies by HZ (at most 1000) in 32 bits (net/netfilter/nf_conntrack_proto_tcp.c).
@@ -171,6 +179,15 @@ class Metrics(Struct, frozen=True):
     listen: Listen | None = None
 
 
+class Relay(Struct, frozen=True):
+    """The relay, which stands on aliases for daemons on unix sockets."""
+
+    pool: str
+    """Of whose aliases each daemon gets one, in each address family."""
+    port: Annotated[int, Meta(ge=1, le=_MAX_PORT)] = 21300
+    """On all of them."""
+
+
 class Gateway(Struct, frozen=True):
     """What concerns the whole machine."""
 
@@ -196,6 +213,7 @@ class Gateway(Struct, frozen=True):
     api: Api = Api()
     log: Log = Log()
     metrics: Metrics = Metrics()
+    relay: Relay | None = None
 
 
 class ExtensionPool(Struct, frozen=True):
@@ -287,6 +305,9 @@ class Config(Struct, frozen=True):
     waking: WakeLimits
     wakes: dict[IPAddress, Wake]
     """Of aliases whose target in the file says so; of all others, what their pool says counts."""
+    relayed: dict[str, tuple[IPAddress, ...]]
+    """The aliases of each daemon on a unix socket (by model.UnixDaemon.name): where targets say `unix:`, they lead
+    there."""
 
     @property
     def all_wakes(self) -> list[Wake]:
@@ -313,9 +334,10 @@ class Config(Struct, frozen=True):
         return target in self.wildcard or any(p.port == target.port and target.address in p.pool for p in pools)
 
 
-def load(path: str | os.PathLike[str]) -> Config:
-    """Read and check a configuration file; raises ConfigError with every mistake in it, or why it cannot be read."""
-    return parse(read(path), os.fspath(path))
+def load(path: str | os.PathLike[str], seats: Seats | None = None) -> Config:
+    """Read and check a configuration file; raises ConfigError with every mistake in it, or why it cannot be read.
+    `seats`: who gives aliases to daemons on unix sockets; None: as if there had been none before."""
+    return parse(read(path), os.fspath(path), seats)
 
 
 def read(path: str | os.PathLike[str]) -> str:
@@ -330,7 +352,7 @@ def read(path: str | os.PathLike[str]) -> str:
         raise ConfigError(file, [Problem("file", message)]) from error
 
 
-def parse(text: str, file: str) -> Config:
+def parse(text: str, file: str, seats: Seats | None = None) -> Config:
     """Check a configuration that is already read; `file` is its name in messages. Raises ConfigError."""
     reader = _Reader()
     raw = reader.read(_File, _toml(text, file), "")
@@ -341,6 +363,9 @@ def parse(text: str, file: str) -> Config:
     pools = {name: _pool(name, pool, prefixes[name], reader) for name, pool in raw.pools.items()}
     _check_real_addresses(pools, reader)
     scene = _Scene(pools, endpoints, reader)
+    seats = Seats() if seats is None else seats
+    scene.relay = _relay(gateway.relay, raw.services, pools, reader)
+    scene.place = seats.place
     services = [_service(name, raw.services[name], scene) for name in sorted(raw.services)]
     if len(services) > MAX_SERVICES:
         reader.problem("services", f"There are {len(services)} services; at most {MAX_SERVICES} are possible.")
@@ -349,7 +374,7 @@ def parse(text: str, file: str) -> Config:
         raise ConfigError(file, reader.problems)
     waking = WakeLimits(*msgspec.structs.astuple(raw.wake))
     wakes = {address: wake for address, (wake, _) in scene.wakes.items()}
-    return Config(file, gateway, pools, tuple(services), tuple(scene.wildcard), waking, wakes)
+    return Config(file, gateway, pools, tuple(services), tuple(scene.wildcard), waking, wakes, seats.given)
 
 
 def check_session(
@@ -379,7 +404,8 @@ class RouteChecker:
     """Checks routes of one service that are not in the file (but in a request, say) as those in it are. Made once for
     many routes."""
 
-    def __init__(self, config: Config, service: Service) -> None:
+    def __init__(self, config: Config, service: Service, place: Place | None = None) -> None:
+        """`place` gives aliases to daemons on unix sockets; None: no route can lead there."""
         self._file = config.file
         self._reader = _Reader()
         endpoints = {
@@ -388,6 +414,9 @@ class RouteChecker:
         }
         self._scene = _Scene(config.pools, endpoints, self._reader)
         self._scene.in_file = False
+        self._scene.relay = config.gateway.relay
+        self._scene.place = place
+        self._scene.is_tcp = UDP not in service.protocols
         self._conditions = _Conditions(service.inspect, self._reader)
         self._versions: set[int] = {endpoint.address.version for endpoint in service.endpoints}
 
@@ -459,6 +488,7 @@ class _RawGateway(Struct):
     api: Api = Api()
     log: Log = Log()
     metrics: _RawMetrics = msgspec.field(default_factory=_RawMetrics)
+    relay: Relay | None = None
 
 
 class _RawPool(Struct):
@@ -488,6 +518,7 @@ class _RawTarget(Struct):
     user: str | None = None
     wake_timeout: _WakeTimeout | None = None
     sleep_after: _SleepAfter | None = None
+    proxy_protocol: Literal["v2"] | None = None
 
 
 class _RawWaking(Struct):
@@ -768,6 +799,31 @@ def parse_listen(text: str) -> Listen | None:
     usage = 'Where to listen is written "127.0.0.1:9464", "[::1]:9464" or "unix:/run/steerd/metrics.sock"'
     host, port = _host_and_port(text, usage)
     return Listen(str(_address(host)), _port(port), "")
+
+
+def parse_unix(text: str, proxy_protocol: str | None = None) -> UnixDaemon:
+    """`unix:/run/app.sock`, `unix:@name` (an abstract socket), `unix-fd:/run/app.sock`."""
+    kind, _, path = text.partition(":")
+    if kind not in _KINDS:
+        raise ValueError(f'A daemon on a unix socket is written "unix:/path" or "unix-fd:/path", not {_shown(text)}.')
+    if not path.startswith(("/", "@")) or path == "@" or not path.isprintable():
+        raise ValueError(f'Must have an absolute path, or "@name" for an abstract socket, not {_shown(path)}.')
+    if len(path.encode()) > _MAX_SOCKET_PATH:
+        raise ValueError(f"Has a path of {len(path.encode())} bytes; at most {_MAX_SOCKET_PATH} are possible.")
+    if proxy_protocol is not None and kind == "unix-fd":
+        raise ValueError("Gets the connection itself, and with it who the client is; proxy_protocol is for unix:/path.")
+    return UnixDaemon(_KINDS[kind], path, proxy_protocol is not None)
+
+
+def unix_daemons(target: object) -> list[UnixDaemon]:
+    """The daemons on unix sockets that a target, or list of them, names; mistakes are left for those who check it."""
+    found = []
+    for each in target if isinstance(target, list) else [target]:
+        text, option = (each.get("address"), each.get("proxy_protocol")) if isinstance(each, dict) else (each, None)
+        if isinstance(text, str) and text.startswith(_UNIX):
+            with contextlib.suppress(ValueError):
+                found.append(parse_unix(text, option))
+    return found
 
 
 def _host_and_port(text: str, usage: str) -> tuple[str, str]:
@@ -1051,6 +1107,7 @@ def _gateway(raw: _RawGateway, reader: _Reader) -> Gateway:
         api=raw.api,
         log=raw.log,
         metrics=Metrics(reader.attempt("gateway.metrics.listen", parse_listen, raw.metrics.listen)),
+        relay=raw.relay,
     )
 
 
@@ -1179,6 +1236,11 @@ class _Scene:
         self.wildcard: dict[Target, None] = {}
         self.wakes: dict[IPAddress, tuple[Wake, str]] = {}
         """With the key of the target that says so first."""
+        self.relay: Relay | None = None
+        self.place: Place | None = None
+        """None: what is checked cannot lead to a daemon on a unix socket."""
+        self.is_tcp = True
+        """Whether nothing but TCP comes to what is checked."""
         self._blocks: dict[int, list[tuple[int, int, Pool]]] = {4: [], 6: []}
         for version, found in self._blocks.items():
             for pool in pools.values():
@@ -1215,6 +1277,7 @@ def _service(name: str, raw: _RawService, scene: _Scene) -> Service:
     # Where an endpoint is wrong, nothing can be said about the families of them all.
     versions: set[int] = {4, 6} if reader.is_bad(f"{path}.endpoints") else {e.address.version for e in endpoints}
     choice = _service_choice(raw, path, inspect, reader)
+    scene.is_tcp = all(endpoint.protocol == TCP for endpoint in endpoints)
     default: tuple[Target, ...] = ()
     if raw.default is not None:
         default = _targets(raw.default, f"{path}.default", versions, scene, choice, f"{path}.choose")
@@ -1528,22 +1591,24 @@ def _targets(
     found: dict[Target, None] = {}
     counts = {4: 0, 6: 0}
     for key, item in items:
-        target = _target(key, item, scene)
-        if target is None:
-            continue
-        version = target.address.version
-        counts[version] += 1
-        if target in found:
-            reader.problem(key, f"{target} is there twice.")
-        elif counts[version] == 2 and choice is None and choose is None:
-            reader.problem(key, f"Is a second IPv{version} target; at most one of each family is possible.")
-        elif counts[version] == 2 and choice is None and not reader.is_bad(choose or ""):
-            reader.problem(
-                key, f"Is a second IPv{version} target; {choose} must say how one is chosen: {_described(Policy)}."
-            )
-        elif counts[version] == MAX_MEMBERS + 1:
-            reader.problem(key, f"Is IPv{version} target number {counts[version]}; at most {MAX_MEMBERS} are possible.")
-        found[target] = None
+        for target in _target(key, item, scene):
+            version = target.address.version
+            counts[version] += 1
+            if reader.is_bad(key):  # one mistake, though a daemon on a unix socket is two targets
+                pass
+            elif target in found:
+                reader.problem(key, f"{target} is there twice.")
+            elif counts[version] == 2 and choice is None and choose is None:
+                reader.problem(key, f"Is a second IPv{version} target; at most one of each family is possible.")
+            elif counts[version] == 2 and choice is None and not reader.is_bad(choose or ""):
+                reader.problem(
+                    key, f"Is a second IPv{version} target; {choose} must say how one is chosen: {_described(Policy)}."
+                )
+            elif counts[version] == MAX_MEMBERS + 1:
+                reader.problem(
+                    key, f"Is IPv{version} target number {counts[version]}; at most {MAX_MEMBERS} are possible."
+                )
+            found[target] = None
     for target in found:
         if counts[target.address.version] > 1 and not target.port and not reader.is_bad(path):
             reader.problem(
@@ -1554,7 +1619,8 @@ def _targets(
     return tuple(found)
 
 
-def _target(key: str, item: object, scene: _Scene) -> Target | None:
+def _target(key: str, item: object, scene: _Scene) -> tuple[Target, ...]:
+    """The target of one text or table, or those that stand for a daemon on a unix socket; empty: it has a mistake."""
     reader = scene.reader
     where = key
     if isinstance(item, dict):
@@ -1566,18 +1632,26 @@ def _target(key: str, item: object, scene: _Scene) -> Target | None:
         reader.problem(
             key, f'Must be a target such as "10.64.0.1:8080", or a table or list of them, not {_shown(item)}.'
         )
-        return None
+        return ()
+    if raw.address.startswith(_UNIX):
+        return _unix_targets(key, where, raw, scene)
+    if raw.proxy_protocol is not None:
+        reader.problem(f"{key}.proxy_protocol", 'Means nothing but for "unix:/path"; other daemons see the client.')
     target = reader.attempt(where, parse_target, raw.address)
     if target is None:
-        return None
+        return ()
     if raw.wildcard:
         scene.wildcard[target] = None
     if (endpoint_key := scene.endpoint_keys.get(target.address)) is not None:
         reader.problem(
             where, f"{target.address} is the address of an endpoint ({endpoint_key}); steering there would be a loop."
         )
-        return target
+        return (target,)
     pool = scene.pool_of(target.address)
+    if pool is not None and scene.relay is not None and pool.name == scene.relay.pool:
+        reader.problem(
+            where, f"{target.address} is in the pool {pool.name}, whose aliases the relay gives away itself."
+        )
     if pool is not None and raw.external:
         reader.problem(f"{key}.external", f"{target.address} is in the pool {pool.name}, so it is not external.")
     elif pool is None and raw.external:
@@ -1591,7 +1665,51 @@ def _target(key: str, item: object, scene: _Scene) -> Target | None:
         )
         reader.problem(where, f"{target.address} is in no pool; use an alias, or {external}")
     _target_wake(key, raw, target.address, scene)
-    return target
+    return (target,)
+
+
+def _unix_targets(key: str, where: str, raw: _RawTarget, scene: _Scene) -> tuple[Target, ...]:
+    """The targets, at most one of each family, where the relay stands for a daemon on a unix socket."""
+    reader = scene.reader
+    daemon = reader.attempt(where, functools.partial(parse_unix, proxy_protocol=raw.proxy_protocol), raw.address)
+    if daemon is None:
+        return ()
+    for option in ("external", "wildcard", "wake", "user", "wake_timeout", "sleep_after"):
+        if getattr(raw, option):
+            reader.problem(f"{key}.{option}", "Means nothing for a daemon on a unix socket.")
+    if not scene.is_tcp:
+        reader.problem(where, f"{daemon} can take TCP alone, and the service has UDP endpoints, too.")
+    if scene.place is None:
+        reader.problem(where, f"{daemon} is on a unix socket; only routes and what is in the file can lead there.")
+    elif scene.relay is None:
+        reader.problem(
+            where,
+            f'{daemon} needs the relay: [gateway.relay] with pool = "NAME", a pool whose aliases it can stand on.',
+        )
+    elif (pool := scene.pools.get(scene.relay.pool)) is not None:
+        addresses = scene.place(daemon.name, pool)
+        if addresses is not None:
+            return tuple(Target(address, scene.relay.port) for address in addresses)
+        reader.problem(where, f"The pool {pool.name} has no alias left for {daemon}.")
+    return ()
+
+
+def _relay(
+    relay: Relay | None, services: Mapping[str, _RawService], pools: Mapping[str, Pool], reader: _Reader
+) -> Relay | None:
+    if relay is None:
+        return None
+    if relay.pool not in pools and not reader.is_bad("gateway.relay.pool"):
+        message = f"{_shown(relay.pool)} is not a pool; {_instead(relay.pool, pools)}"
+        reader.problem("gateway.relay.pool", message)
+    if relay.pool in pools and pools[relay.pool].wake is not None:
+        key = f"{_join('pools', relay.pool)}.wake"
+        reader.problem(key, "Wakes nobody: the aliases of this pool are the relay's (gateway.relay.pool).")
+    for name, service in services.items():
+        if service.extension_pool is not None and service.extension_pool.pool == relay.pool:
+            key = f"{_join('services', name)}.extension_pool.pool"
+            reader.problem(key, f"Is {_shown(relay.pool)}, whose aliases the relay gives away itself.")
+    return relay
 
 
 def _target_wake(key: str, raw: _RawTarget, address: IPAddress, scene: _Scene) -> None:

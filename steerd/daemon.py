@@ -32,6 +32,7 @@ from steerd.control.api import Api, Context
 from steerd.control.api.context import ConntrackUse, LogSettings, Machinery, WorkerStatus
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
+from steerd.control.relays import Places
 from steerd.control.states import States
 from steerd.core.engine import Plan
 from steerd.core.pools import Pool
@@ -41,9 +42,11 @@ from steerd.kernel.conntrack import Conntrack, Entry
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
 from steerd.kernel.notify import Notifier
-from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason
+from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason, UnixDaemon
 from steerd.monitor import Monitor
 from steerd.privileges import Standing
+from steerd.relay.engine import Listen
+from steerd.relay.keeper import Keeper
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
 from steerd.waker import Waker
@@ -209,7 +212,11 @@ class Daemon:
         self._log = logs.configure(process="main", style=config.gateway.log.format)
         self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
         self._notifier = Notifier()
-        self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self))
+        self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self), _RelayEffects(self))
+        if config.relayed:
+            # Those that were there before keep their aliases.
+            self._config = config = configuration.load(config.file, self._registry.relays.seats())
+        self._relay = Keeper(self._log)
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
         self._api = Api(
             Context(self._registry, self),
@@ -264,6 +271,9 @@ class Daemon:
 
         self._log.info("privileges given up", **standing._asdict())
         started = time.monotonic()
+        self._loop = loop
+        relay = asyncio.create_task(self._relay.keep())
+        await self._start_relay()
         plan = self._publish(self._config)
         changes = aliases.reconcile(list(self._config.pools.values()), progress)
         with contextlib.closing(self._registry.reader()) as reader:
@@ -281,7 +291,6 @@ class Daemon:
         ended = self._registry.leases.reconcile(time.time())
         if ended:
             self._log.info("flows of leases that have ended were ended", flows=ended)
-        self._loop = loop
         await self._api.start()
         if self._monitor is not None:
             await self._monitor.start()
@@ -289,7 +298,7 @@ class Daemon:
         tasks = [asyncio.create_task(self._keep_worker(index, ready[index])) for index in range(len(ready))]
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
         tasks += [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch_queues())]
-        tasks.append(asyncio.create_task(self._keep_leases()))
+        tasks += [relay, asyncio.create_task(self._keep_leases())]
         tasks.append(asyncio.create_task(self._waker.keep()))
         tasks.append(asyncio.create_task(self._claims.keep_collecting(self._on_claims_kept)))
         announce = asyncio.create_task(self._announce(ready, started))
@@ -591,6 +600,24 @@ class Daemon:
         """Put the daemons of aliases to sleep. From any thread; when it returns, nobody is sent there any more."""
         self._waker.stop_at(addresses)
 
+    async def _start_relay(self) -> None:
+        """Before any connection is steered there; if it cannot be, its clients are reset, and others are served."""
+        try:
+            await asyncio.to_thread(self._registry.relays.reserve, self._config)
+        except KernelError as error:
+            self._log.error("daemons on unix sockets cannot be reached yet", why=str(error))
+
+    def _let_listen(self) -> None:
+        """Have the relay listen where the configuration in force has it stand, and nowhere else."""
+        try:
+            self._registry.relays.listen(self._config)
+        except SteerdError as error:
+            self._log.error("daemons on unix sockets cannot all be reached", why=str(error))
+
+    def call_listen(self, wanted: Sequence[Listen]) -> None:
+        """Have the relay listen on these, from another thread than the event loop's. Raises KernelError."""
+        asyncio.run_coroutine_threadsafe(self._relay.listen(wanted), self._loop).result()
+
     async def _keep_leases(self) -> None:
         """End leases when their time has come."""
         leases = self._registry.leases
@@ -714,7 +741,9 @@ class Daemon:
     def _read(self) -> tuple[Config, str]:
         """The configuration file as it is now, and its text."""
         text = configuration.read(self._config.file)
-        return (self._config if text == self._text else configuration.parse(text, self._config.file)), text
+        if text == self._text:
+            return self._config, text
+        return configuration.parse(text, self._config.file, self._registry.relays.seats()), text
 
     def _apply(self, new: Config) -> None:
         """Put a new configuration in force: what it adds first, what it takes away last."""
@@ -729,6 +758,7 @@ class Daemon:
             aliases.reconcile([*new.pools.values(), *old.pools.values()])
         try:
             if new is not old:
+                self._registry.relays.reserve(new)
                 self._publish(new)
             self._change_table(new)
             self._config = new
@@ -741,8 +771,23 @@ class Daemon:
         finally:
             if new.pools != old.pools:
                 aliases.reconcile(list(self._config.pools.values()))
+            if new is not old:
+                self._let_listen()
         if _log_switch(new) != _log_switch(old):
             self.set_log(_log_switch(new))
+
+
+class _RelayEffects:
+    """What `unix:` targets do to the relay (control.relays.Effects)."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def listen(self, places: Places, port: int) -> None:
+        named = ((UnixDaemon.of_name(name), addresses) for name, addresses in places.items())
+        self._daemon.call_listen(
+            [Listen(str(address), port, *daemon) for daemon, addresses in named for address in addresses]
+        )
 
 
 class _LeaseEffects:

@@ -78,6 +78,31 @@ class Target(NamedTuple):
         return f"{host}:{self.port or 'same'}"
 
 
+class UnixDaemon(NamedTuple):
+    """A daemon on a unix socket, which is reached through the relay (steerd.relay)."""
+
+    kind: Literal["unix", "unix-fd"]
+    """`unix`: what clients send is copied; `unix-fd`: it gets the connection itself."""
+    path: str
+    """Absolute, or the name of an abstract socket behind an @."""
+    proxy_protocol: bool = False
+    """Copies begin with a header of the PROXY protocol, version 2."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}"
+
+    @property
+    def name(self) -> str:
+        """All of it as one text."""
+        return f"{self}\0v2" if self.proxy_protocol else str(self)
+
+    @classmethod
+    def of_name(cls, name: str) -> UnixDaemon:
+        text, _, option = name.partition("\0")
+        kind, _, path = text.partition(":")
+        return cls("unix" if kind == "unix" else "unix-fd", path, bool(option))
+
+
 class Match(enum.Enum):
     """How a route's value is compared with a key."""
 

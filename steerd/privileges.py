@@ -34,12 +34,20 @@ class Need(NamedTuple):
     """Whether this configuration asks for it."""
 
 
+_FIRST_FREE_PORT = 1024
+"""Ports below belong to CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start, as the kernel has it)."""
+
 NEEDS = (
     Need(Capability.NET_ADMIN, "the nft table, aliases, queues, packet marks, net.* sysctls", lambda _: True),
     Need(Capability.NET_RAW, "first payloads and datagrams go on through raw sockets", lambda _: True),
     Need(Capability.SETUID, "commands that are woken run as their own user", lambda config: config.wakes_commands),
     Need(Capability.SETGID, "... and with that user's groups", lambda config: config.wakes_commands),
     Need(Capability.KILL, "... and are stopped again", lambda config: config.wakes_commands),
+    Need(
+        Capability.NET_BIND_SERVICE,
+        "the relay listens on gateway.relay.port, which is below 1024",
+        lambda config: config.gateway.relay is not None and config.gateway.relay.port < _FIRST_FREE_PORT,
+    ),
 )
 
 

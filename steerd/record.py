@@ -139,7 +139,7 @@ class Record:
             reason=decision.reason.name.lower(),
             parser=decision.parser,
             route=self._route(packet, decision),
-            target=str(target) if target else None,
+            target=str(self._reader.written(target)) if target else None,
             keys=logs.shown_keys(decision.keys),
             microseconds=nanoseconds // 1000,
         )

@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 class RelayProcess:
     """`python -m steerd.relay`, told what to listen on by `listen`."""
 
-    def __init__(self, log: Path, user: str = "") -> None:
+    def __init__(self, log: Path) -> None:
         self._log = log
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "steerd.relay", json.dumps({"user": user})],
+                [sys.executable, "-m", "steerd.relay"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT,
             )  # fmt: skip
 

@@ -495,6 +495,9 @@ class LeaseTable:
         pool = force.config.pools.get(pool_name)
         if pool is None:
             raise RequestError("not_found", "pool", f"{pool_name} is not a pool of {force.config.file}.")
+        relay = force.config.gateway.relay
+        if relay is not None and relay.pool == pool_name:
+            raise RequestError("invalid", "pool", f"{pool_name} is the relay's, which gives its aliases away itself.")
         old = self._get(txn, name)
         if old is not None:
             has = " and ".join(str(ipaddress.ip_address(packed)) for packed in old.addresses)

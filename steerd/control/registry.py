@@ -14,25 +14,27 @@ once. If that transaction shows another plan, it is taken up first: plan and rou
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import lmdb
 import msgspec
 
 from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
+from steerd.control import relays
 from steerd.control import sessions as session_table
 from steerd.control.leases import Effects, LeaseTable, NoEffects
+from steerd.control.relays import RelayTable
 from steerd.control.routes import RouteTable, origin_of, stored_route
 from steerd.control.sessions import Places, SessionTable
-from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of
+from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of, written
 from steerd.core.choice import GROUP, Group
 from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds, WakeRange
 from steerd.core.pending import Limits
 from steerd.core.router import DYNAMIC, Probe
 from steerd.core.sessions import Session, SessionsPlan
 from steerd.errors import RegistryError
-from steerd.model import IPAddress, Reason, Route, Target
+from steerd.model import IPAddress, Reason, Route, Target, UnixDaemon
 from steerd.wire.registry import DATAGRAMS, REGISTRY
 
 _UNEXTENDED = {
@@ -48,10 +50,14 @@ _DYNAMIC_BIT = DYNAMIC >> 24
 class Registry:
     """The writer's side; the main process holds the only one."""
 
-    def __init__(self, state_dir: str, effects: Effects | None = None) -> None:
-        """`effects`: what leases do to the kernel; None: nothing."""
+    def __init__(
+        self, state_dir: str, effects: Effects | None = None, relay_effects: relays.Effects | None = None
+    ) -> None:
+        """`effects`: what leases do to the kernel; `relay_effects`: what `unix:` targets do to the relay; None:
+        nothing."""
         self._store = Store(state_dir)
-        self.routes = RouteTable(self._store)
+        self.relays = RelayTable(self._store, relay_effects or relays.NoEffects())
+        self.routes = RouteTable(self._store, self.relays)
         self.leases = LeaseTable(self._store, self.routes, effects or NoEffects())
         self.sessions = SessionTable(self._store)
         self._groups_seen: tuple[int, list[Group]] = (-1, [])
@@ -73,6 +79,11 @@ class Registry:
         """Everything as it is at one moment."""
         with self._store.env.begin() as txn:
             yield txn
+
+    def written(self, targets: Iterable[Target]) -> list[str]:
+        """Targets as they stand in the configuration."""
+        with self.reading() as txn:
+            return list(dict.fromkeys(str(self._store.written(txn, target)) for target in targets))
 
     def reader(self) -> Reader:
         """What a worker sees, for this process."""
@@ -114,11 +125,13 @@ class Registry:
         with self._store.lock:
             with self.routes.changing() as txn:
                 ids = self._store.ids(txn, config.gateway.mark.highest_id)
+                relays_took_effect = self.relays.publish(txn, config)
                 probes, routes_took_effect = self.routes.publish(txn, ids, config)
                 plan = self._plan(txn, ids, config, probes)
                 self._store.put_plan(txn, plan)
                 leases_took_effect = self.leases.publish(txn, config)
                 sessions_took_effect = self.sessions.publish(txn, ids, config)
+            relays_took_effect()
             routes_took_effect()
             leases_took_effect()
             sessions_took_effect()
@@ -212,6 +225,7 @@ class Reader:
             self._plan = self._env.open_db(b"plan", create=False)
             self._sessions = self._env.open_db(b"sessions", create=False)
             self._leased = self._env.open_db(b"leased", create=False)
+            self._relayed = self._env.open_db(b"relayed", create=False)
             self._txn: lmdb.Transaction[bytes] | None = None
         except lmdb.Error as error:
             raise RegistryError(f"the registry in {state_dir}/registry cannot be read: {error}") from error
@@ -307,6 +321,11 @@ class Reader:
         """What the id of a group stands for, or None if it was never given."""
         with self._env.begin() as txn:
             return group_of(txn, self._groups, group_id)
+
+    def written(self, target: Target) -> UnixDaemon | Target:
+        """A target as people write it: where the relay stands, the daemon behind it."""
+        with self._env.begin() as txn:
+            return written(txn, self._relayed, target)
 
     def close(self) -> None:
         self.rest()

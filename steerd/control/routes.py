@@ -39,6 +39,7 @@ import lmdb
 import msgspec
 
 from steerd.config import Config, RouteChecker, Service, condition_text
+from steerd.control.relays import RelayTable
 from steerd.control.sessions import Places, RequestError
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
@@ -63,7 +64,7 @@ from steerd.core.router import (
     values_of,
 )
 from steerd.errors import ConfigError, RegistryError
-from steerd.model import Choice, Policy, Route, Target
+from steerd.model import Choice, Policy, Route, Target, UnixDaemon
 from steerd.wire.registry import PATTERNED, check_patterns
 
 LEASE, _EXTERNAL4, _EXTERNAL6, _UNUSABLE = 1, 2, 4, 8
@@ -98,17 +99,18 @@ class RouteLine(msgspec.Struct, frozen=True, tag_field="kind", tag="route", omit
 
     service: str
     when: dict[str, str | int]
-    target: list[str | ExternalTarget]
+    target: list[str | TargetOptions]
     source: str | None = None
     choose: Policy | None = None
     hash: str | None = None
 
 
-class ExternalTarget(msgspec.Struct, frozen=True):
-    """A target that is in no pool."""
+class TargetOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A target of which more is to be said than its text."""
 
     address: str
-    external: bool = True
+    external: bool = False
+    proxy_protocol: Literal["v2"] | None = None
 
 
 class _ShapeRecord(msgspec.Struct, array_like=True):
@@ -163,10 +165,11 @@ class _Entry(NamedTuple):
 class _Force:
     """What of a configuration in force the table must know."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, relays: RelayTable) -> None:
         self.config = config
         self.places = Places(config)
         self.services = {service.name: service for service in config.services}
+        self._relays = relays
         self._checkers: dict[str, RouteChecker] = {}
         self.static: dict[str, dict[Shape, list[Route]]] = {}
         for service in config.services:
@@ -178,7 +181,7 @@ class _Force:
         """Checks routes of a service. Made when it is needed: most configurations are never asked."""
         found = self._checkers.get(service)
         if found is None:
-            found = self._checkers[service] = RouteChecker(self.config, self.services[service])
+            found = self._checkers[service] = RouteChecker(self.config, self.services[service], self._relays.place)
         return found
 
 
@@ -190,8 +193,10 @@ class RouteTable:
     """The writer's side. Its methods may be called from any thread; those that take a transaction, inside
     `changing`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, relays: RelayTable) -> None:
         self._store = store
+        self._relays = relays
+        relays.ask_routes(self._is_led_to)
         self._static = store.env.open_db(b"routes")
         self._dynamic = store.env.open_db(b"dynamic")
         self._shapes = store.env.open_db(b"shapes")
@@ -284,7 +289,7 @@ class RouteTable:
         Returns the probes of each service, static and dynamic, and what to call, still under the store's lock, once the
         transaction is on the disk.
         """
-        force = _Force(config)
+        force = _Force(config, self._relays)
         entries: dict[bytes, bytes] = {}
         groups: set[int] = set()
         for service in config.services:
@@ -403,6 +408,7 @@ class RouteTable:
 
         Raises RequestError for what it must not be, RegistryError where no target id is left.
         """
+        self._relays.prepare(target)
         with self.changing() as txn:
             force, _ = self.of(service)
             route = self.check(service, when, target, source, choose, hash_)
@@ -545,16 +551,19 @@ class RouteTable:
         """Whether dynamic routes of no lease lead to an address."""
         return self._uses_of(txn, address) + self._more_uses[address] > 0
 
+    def _is_led_to(self, txn: lmdb.Transaction[bytes], address: bytes) -> bool:
+        return self.is_used(txn, address) or txn.get(address, db=self.leased) is not None
+
     # ---- many ----
 
     def page(self, service: str, after: str, limit: int) -> tuple[list[RouteView], str | None]:
         """Up to `limit` routes of a service, static ones first, and the `after` of the next page."""
         _, found = self.of(service)
         place, start = _from_token(after)
-        views = [self._static_view(service, route) for route in found.routes[place : place + limit]]
-        if len(views) == limit:
-            return views, f"s{place + limit}"
         with self._store.env.begin() as txn:
+            views = [self._static_view(txn, service, route) for route in found.routes[place : place + limit]]
+            if len(views) == limit:
+                return views, f"s{place + limit}"
             for known, key, value in self._walk(txn, [service], start):
                 if len(views) == limit:
                     return views, f"d{key.hex()}"
@@ -576,7 +585,7 @@ class RouteTable:
                 yield RouteLine(
                     known.service,
                     {c.key: condition_text(c) for c in route.conditions},
-                    [ExternalTarget(str(to)) if external else str(to) for to, external in self._leads_to(txn, entry)],
+                    self._targets(txn, entry),
                     None if route.source is None else str(route.source),
                     **_choice_texts(self._choice(txn, entry)),
                 )
@@ -708,6 +717,11 @@ class RouteTable:
             elif id_ and (target := self._store.target(txn, id_)) is not None:
                 yield target, bool(entry.flags & external)
 
+    def _targets(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> list[str | TargetOptions]:
+        """What the route was given as its targets."""
+        found = (_options(self._store.written(txn, to), external) for to, external in self._leads_to(txn, entry))
+        return list(dict.fromkeys(found))
+
     def _choice(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> Choice | None:
         for id_ in (entry.ids.ipv4, entry.ids.ipv6):
             if id_ >= GROUP and (group := self._store.group(txn, id_)) is not None:
@@ -734,20 +748,19 @@ class RouteTable:
             service=known.service,
             when={c.key: condition_text(c) for c in route.conditions},
             source=None if route.source is None else str(route.source),
-            targets=[str(target) for target, _ in self._leads_to(txn, entry)],
+            targets=[each if isinstance(each, str) else each.address for each in self._targets(txn, entry)],
             **_choice_texts(self._choice(txn, entry)),
             origin=f"lease {self._lease(txn, entry)}" if entry.flags & LEASE else "dynamic",
             usable=is_in_plan and entry.usable4 and entry.usable6 and txn.get(static_key, db=self._static) is None,
             place=None,
         )
 
-    @staticmethod
-    def _static_view(service: str, route: Route) -> RouteView:
+    def _static_view(self, txn: lmdb.Transaction[bytes], service: str, route: Route) -> RouteView:
         return RouteView(
             service=service,
             when={c.key: condition_text(c) for c in route.conditions},
             source=None if route.source is None else str(route.source),
-            targets=[str(target) for target in route.targets],
+            targets=list(dict.fromkeys(str(self._store.written(txn, target)) for target in route.targets)),
             **_choice_texts(route.choice),
             origin="static",
             usable=True,
@@ -781,6 +794,12 @@ def _choice_texts(choice: Choice | None) -> dict[str, Any]:
     if choice is None:
         return {}
     return {"choose": choice.policy, "hash": choice.key if choice.policy == "hash" else None}
+
+
+def _options(written: UnixDaemon | Target, is_external: bool) -> str | TargetOptions:
+    if isinstance(written, UnixDaemon) and written.proxy_protocol:
+        return TargetOptions(str(written), proxy_protocol="v2")
+    return TargetOptions(str(written), external=True) if is_external else str(written)
 
 
 def _not_right(error: ConfigError) -> RequestError:

@@ -32,6 +32,7 @@ from msgspec.structs import replace
 
 from steerd import config as configuration
 from steerd.config import Config, Service
+from steerd.control.relays import Standing
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
 from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry
@@ -328,12 +329,13 @@ class Places:
             self._firsts[version] = [first for first, _ in blocks]
             self._lasts[version] = [last for _, last in blocks]
         self._known: dict[tuple[int, bool], bool] = {}
+        self._standing = Standing(config)
 
     def fingerprint(self) -> bytes:
         """Bytes that change whenever what is allowed changes."""
         endpoints = sorted(address.packed for address in self._endpoints)
         blocks = [[str(number) for number in numbers[v]] for numbers in (self._firsts, self._lasts) for v in (4, 6)]
-        allowed = msgspec.msgpack.encode([self._highest_id, endpoints, blocks])
+        allowed = msgspec.msgpack.encode([self._highest_id, endpoints, blocks, self._standing.fingerprint()])
         return hashlib.blake2b(allowed, digest_size=16).digest()
 
     def in_pool(self, address: IPAddress) -> bool:
@@ -352,8 +354,10 @@ class Places:
             self._known[target_id, external] = known
         elif known is None:
             target = store.target(txn, target_id) if target_id <= self._highest_id else None
-            known = target is not None and (
-                self.in_pool(target.address) or (external and target.address not in self._endpoints)
+            known = (
+                target is not None
+                and (self.in_pool(target.address) or (external and target.address not in self._endpoints))
+                and self._standing.allows(txn, store, target)
             )
             self._known[target_id, external] = known
         return known

@@ -44,7 +44,7 @@ from steerd.core.engine import NO_TARGET, IdBlock, Plan, TargetIds
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.core.pools import Block
 from steerd.errors import RegistryError
-from steerd.model import Choice, IPAddress, Target
+from steerd.model import Choice, IPAddress, Target, UnixDaemon
 
 SCHEMA = 3
 
@@ -93,6 +93,8 @@ class Store:
         self._groups = self.env.open_db(b"groups")
         self._members = self.env.open_db(b"members")
         self._plan = self.env.open_db(b"plan")
+        self.relays = self.env.open_db(b"relays")
+        self.relayed = self.env.open_db(b"relayed")
 
     def _upgrade(self, txn: lmdb.Transaction[bytes], meta: Any, schema: int) -> None:
         if schema > SCHEMA:
@@ -154,6 +156,10 @@ class Store:
                 there = cursor.next()
         return found[:limit]
 
+    def written(self, txn: lmdb.Transaction[bytes], target: Target) -> UnixDaemon | Target:
+        """A target as people write it: where the relay stands, the daemon behind it."""
+        return written(txn, self.relayed, target)
+
     def put_plan(self, txn: lmdb.Transaction[bytes], plan: Plan) -> None:
         """What workers follow from the end of this transaction on. One that says what is in force is no new one."""
         packed_plan = msgspec.msgpack.encode(plan)
@@ -198,6 +204,12 @@ def group_of(txn: lmdb.Transaction[bytes], groups: Any, group_id: int) -> Group 
     """What the id of a group stands for among `groups` (the database), or None if it was never given."""
     packed = txn.get(_ID.pack(group_id), db=groups)
     return None if packed is None else _decode_group(packed)
+
+
+def written(txn: lmdb.Transaction[bytes], relayed: Any, target: Target) -> UnixDaemon | Target:
+    """The daemon on a unix socket that a target stands for, by `relayed` (the database), or the target itself."""
+    name = txn.get(target.address.packed, db=relayed)
+    return target if name is None else UnixDaemon.of_name(str(name, "utf-8"))
 
 
 def plan_of(txn: lmdb.Transaction[bytes], plan: Any) -> Plan | None:

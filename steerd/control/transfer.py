@@ -17,6 +17,7 @@ already change nothing, so an import that broke off is simply made again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,8 @@ def export(registry: Registry) -> Generator[bytes, None, None]:
 def load(registry: Registry, text: bytes, first: int = 1) -> Loaded:
     """Carry out some lines in one transaction. Raises RequestError for the first one that cannot be, with `line N` for
     the field, counted from `first`; then nothing has changed."""
+    if b'"unix' in text:
+        _prepare_relays(registry, text)
     loaded = Loaded()
     afterwards: list[Callable[[], None]] = []
     with registry.lock:
@@ -79,7 +82,7 @@ def load(registry: Registry, text: bytes, first: int = 1) -> Loaded:
                     parsed = _decode(line)
                     if isinstance(parsed, RouteLine):
                         target: list[object] = [
-                            each if isinstance(each, str) else msgspec.structs.asdict(each) for each in parsed.target
+                            each if isinstance(each, str) else msgspec.to_builtins(each) for each in parsed.target
                         ]
                         route = registry.routes.check(
                             parsed.service, parsed.when, target, parsed.source, parsed.choose, parsed.hash
@@ -106,6 +109,16 @@ def load(registry: Registry, text: bytes, first: int = 1) -> Loaded:
         for call in afterwards:
             call()
     return loaded
+
+
+def _prepare_relays(registry: Registry, text: bytes) -> None:
+    """Before any route leads there. Lines with mistakes are left for those who name them."""
+    targets: list[object] = []
+    for line in text.splitlines():
+        with contextlib.suppress(msgspec.DecodeError):
+            if b'"unix' in line and isinstance(parsed := _decode(line), RouteLine):
+                targets += map(msgspec.to_builtins, parsed.target)
+    registry.relays.prepare(targets)
 
 
 def _check_format(heading: Heading) -> None:

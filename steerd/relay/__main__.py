@@ -1,4 +1,4 @@
-"""The relay's process: `python -m steerd.relay SETTINGS` (JSON), started by the daemon.
+"""The relay's process: `python -m steerd.relay`, started by the daemon.
 
 On standard input it is told what to listen on, one line of JSON each time: a list of engine.Listen, all of them. It
 answers each with one line on standard output: what could not be had, `{"ADDRESS PORT": why}`. When standard input ends,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import sys
@@ -16,18 +17,12 @@ import sys
 import msgspec
 
 from steerd.errors import SteerdError
-from steerd.kernel import privileges
+from steerd.kernel import capabilities
+from steerd.kernel.capabilities import Capability
 from steerd.relay.engine import Listen, Relay
 from steerd.telemetry import logs
 
 _CHUNK = 1 << 16
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """What the main process tells the relay once."""
-
-    user: str
-    """Whom to become; empty: nobody else."""
 
 
 class _Commands:
@@ -62,16 +57,22 @@ class _Commands:
                 os.write(sys.stdout.fileno(), msgspec.json.encode(failed) + b"\n")
 
 
+def _allow_many_descriptors() -> None:
+    """As many as this process may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # the sandbox forbids it, and was told how many there are to be
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> None:
     """Serve until there is nothing left to serve."""
-    settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    # Ctrl-C goes to all processes of a terminal; this one ends by itself, with its last connection.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These go to all processes of a terminal; this one ends by itself, with its last connection.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     log = logs.configure(process="relay")
     try:
-        privileges.allow_many_descriptors()
-        if settings.user:
-            privileges.become(settings.user, (privileges.CAP_NET_BIND_SERVICE,))
+        _allow_many_descriptors()
+        capabilities.limit({Capability.NET_BIND_SERVICE} & capabilities.permitted(), None)
         relay = Relay(log)
     except (SteerdError, OSError) as error:
         log.error("relay cannot start", why=str(error))

@@ -22,7 +22,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from steerd.relay import handover
+from steerd.relay.handover import Channel
 from steerd.relay.streams import Pipes, Stream, reset
 from steerd.wire import proxy
 
@@ -75,6 +75,7 @@ class Relay:
         self._later: dict[object, Callable[[], None]] = {}
         self._later_at = 0.0
         self._ports: dict[tuple[str, int], _Port] = {}
+        self._channels: dict[str, Channel] = {}
         self._streams = 0
         self._faults: set[str] = set()
 
@@ -86,6 +87,9 @@ class Relay:
         for key, port in list(self._ports.items()):
             if key not in by_address or by_address[key].daemon != port.daemon:
                 self._ports.pop(key).close()
+        taking = {_address(each.path) for each in wanted if each.kind == "unix-fd"}
+        for address in self._channels.keys() - taking:
+            self._channels.pop(address).close()
         failed = {}
         for key, each in by_address.items():
             if key in self._ports:
@@ -137,11 +141,19 @@ class Relay:
         """Let go of everything; connections end."""
         for port in self._ports.values():
             port.close()
+        for channel in self._channels.values():
+            channel.close()
         self._ports.clear()
         self.pipes.close()
         self._epoll.close()
 
     # ---- for its parts ----
+
+    def channel(self, address: str) -> Channel:
+        """The one to a daemon that takes connections itself."""
+        if address not in self._channels:
+            self._channels[address] = Channel(self, address)
+        return self._channels[address]
 
     def watch(self, source: socket.socket | int, events: int, handler: Callable[[int], None]) -> None:
         """Call the handler with what happens to a descriptor."""
@@ -182,7 +194,6 @@ class _Port:
         self._to = listen
         self._waiting: socket.socket | None = None
         """A client that was accepted, and cannot be delivered yet."""
-        self._channel: socket.socket | None = None
         self._trouble = ""
         family = socket.AF_INET6 if ":" in listen.address else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -220,7 +231,6 @@ class _Port:
                 break
         self._waiting = None
         self._listener.close()
-        self._disconnect()
 
     def _accept(self) -> None:
         if self._listener.fileno() < 0:
@@ -298,33 +308,10 @@ class _Port:
         if header is None:
             client.close()
             return True
-        if self._channel is not None:
-            try:
-                return self._send(self._channel, header, client)
-            except OSError:  # the daemon was started anew, perhaps
-                self._disconnect()
-        self._channel = handover.connect(_address(self._to.path))
-        self._relay.watch(self._channel, select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET, self._on_channel)
-        return self._send(self._channel, header, client)
-
-    def _send(self, channel: socket.socket, header: bytes, client: socket.socket) -> bool:
-        if not handover.hand_over(channel, header, client):
+        if not self._relay.channel(_address(self._to.path)).hand_over(header, client, self._accept):
             return False
         self._well()
-        client.close()
         return True
-
-    def _on_channel(self, events: int) -> None:
-        if events & (select.EPOLLHUP | select.EPOLLERR):
-            self._disconnect()
-        if self._waiting is not None:
-            self._accept()
-
-    def _disconnect(self) -> None:
-        if self._channel is not None:
-            self._relay.forget(self._channel)
-            self._channel.close()
-            self._channel = None
 
     def _say(self, what: str, error: OSError) -> None:
         why = error.strerror or str(error)

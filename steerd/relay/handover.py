@@ -1,7 +1,7 @@
 """`unix-fd:/path`: the daemon gets the client's TCP connection itself, as if it had accepted it.
 
 The protocol. The daemon listens on the path with a SOCK_SEQPACKET or SOCK_STREAM socket, or is bound there with a
-SOCK_DGRAM one. The relay connects once, and sends one message for each client:
+SOCK_DGRAM one. When the first client comes the relay connects, once, and sends one message for each client:
 - its bytes are a header of the PROXY protocol, version 2 (28 bytes for IPv4, 52 for IPv6): the client's address and
   port, and the address and port of the endpoint that the client connected to;
 - with it comes one descriptor (SCM_RIGHTS): a connected TCP socket, blocking, without close-on-exec of its own.
@@ -15,37 +15,77 @@ closes its end, the next client makes the relay connect anew; what it had not ta
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steerd.relay.engine import Relay
 
 _SEND_TYPES = (socket.SOCK_SEQPACKET, socket.SOCK_STREAM, socket.SOCK_DGRAM)
 
 
-def connect(address: str) -> socket.socket:
-    """A connection to a daemon that takes descriptors, not blocking; raises OSError. `address` as connect(2) has it."""
-    for kind in _SEND_TYPES:
-        channel = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+class Channel:
+    """The relay's connection to one such daemon, whatever address clients come to."""
+
+    def __init__(self, relay: Relay, address: str) -> None:
+        """`address`: as connect(2) has it."""
+        self._relay = relay
+        self._address = address
+        self._socket: socket.socket | None = None
+        self._waiting: set[Callable[[], None]] = set()
+
+    def hand_over(self, header: bytes, client: socket.socket, again: Callable[[], None]) -> bool:
+        """Send a client to the daemon, and close it here. False: the daemon takes none now, and `again` is called when
+        it may. Raises OSError if it never will."""
+        if self._socket is not None:
+            try:
+                return self._send(self._socket, header, client, again)
+            except OSError:  # the daemon was started anew, perhaps
+                self.close()
+        self._socket = _connect(self._address)
+        self._relay.watch(self._socket, select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET, self._on_event)
+        return self._send(self._socket, header, client, again)
+
+    def _send(self, connection: socket.socket, header: bytes, client: socket.socket, again: Callable[[], None]) -> bool:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))
         try:
-            channel.connect(address)
+            connection.sendmsg([header], [rights])
         except OSError as error:
-            channel.close()
+            # So many descriptors may be on their way between processes as one process may have open (unix(7)).
+            if not isinstance(error, BlockingIOError) and error.errno != errno.ETOOMANYREFS:
+                raise
+            self._waiting.add(again)
+            return False
+        client.close()
+        return True
+
+    def _on_event(self, events: int) -> None:
+        if events & (select.EPOLLHUP | select.EPOLLERR):
+            self.close()
+        waiting, self._waiting = self._waiting, set()
+        for again in waiting:
+            again()
+
+    def close(self) -> None:
+        """Let go of the daemon; the next client makes a new connection."""
+        if self._socket is not None:
+            self._relay.forget(self._socket)
+            self._socket.close()
+            self._socket = None
+
+
+def _connect(address: str) -> socket.socket:
+    for kind in _SEND_TYPES:
+        connection = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
             if error.errno == errno.EPROTOTYPE and kind != _SEND_TYPES[-1]:
                 continue
             raise
-        return channel
+        return connection
     raise AssertionError("the last kind of socket connects or raises")
-
-
-def hand_over(channel: socket.socket, header: bytes, client: socket.socket) -> bool:
-    """Send one message; False: the daemon takes none now. Raises OSError if it never will."""
-    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))
-    try:
-        channel.sendmsg([header], [rights])
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        # So many descriptors may be on their way between processes as one process may have open (unix(7)).
-        if error.errno == errno.ETOOMANYREFS:
-            return False
-        raise
-    return True

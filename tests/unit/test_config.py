@@ -606,7 +606,7 @@ MISTAKES: list[tuple[str, str]] = [
         gateway('"odd\\nkey" = 1'),
         'gateway."odd\\nkey": Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, '
         "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension,"
-        " api, log, metrics.",
+        " api, log, metrics, relay.",
     ),
     (
         gateway("workers = 0"),
@@ -1331,7 +1331,7 @@ when = { "http.host" = "b.example" }
             "gateway.workers: Must be a whole number from 1 to 64, not 0.",
             "gateway.colour: Is not a known key; known here: state_dir, run_dir, user, workers, first_queue, "
             "mark_bits, queue_length, receive_buffer, access_log, limits, timeouts, pending, port_extension,"
-            " api, log, metrics.",
+            " api, log, metrics, relay.",
             'services.web.routes[1].target: Is missing; it must be a target such as "10.64.0.1:8080".',
             "gateway.mark_bits: Has 13 bits; steerd needs at least 20.",
             'pools.t.prefixes[1]: "10.65.0.1/16" has bits set behind the prefix length; "10.65.0.0/16" would be right.',

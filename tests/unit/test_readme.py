@@ -28,7 +28,7 @@ TABLE = (ROOT / "nft" / "steerd.nft").read_text()
 
 
 def test_the_examples_are_configurations_without_a_mistake() -> None:
-    beginners, first, datagrams = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    beginners, first, datagrams, relayed = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (service,) = config.parse(beginners, "README.md").services
     assert service.inspect == ("tls", "http")
     assert len([line for line in beginners.splitlines() if line.strip()]) <= 15
@@ -38,6 +38,11 @@ def test_the_examples_are_configurations_without_a_mistake() -> None:
     names, web = config.parse(datagrams, "README.md").services
     assert (names.decides_every_datagram, web.decides_every_datagram) == (True, False)
     assert [service.protocols for service in (names, web)] == [{TCP, UDP}] * 2
+    assert config.parse(relayed, "README.md").relayed.keys() == {
+        "unix:/run/a.sock",
+        "unix:/run/b.sock\0v2",
+        "unix-fd:/run/c.sock",
+    }
     assert web.idle_timeout == config.parse(datagrams.replace("idle_timeout = ", "# "), "").services[1].idle_timeout
 
 

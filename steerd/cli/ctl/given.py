@@ -11,7 +11,11 @@ from steerd.cli.ctl import complete
 
 Service = Annotated[str, typer.Argument(help="Name of the service.", autocompletion=complete.services)]
 Targets = Annotated[
-    list[str], typer.Argument(help="ADDRESS:PORT, or ADDRESS:same; one for each address family.", metavar="TARGET")
+    list[str],
+    typer.Argument(
+        help="ADDRESS:PORT, or ADDRESS:same, one for each address family; of a route also unix:/path, unix-fd:/path.",
+        metavar="TARGET",
+    ),
 ]
 Conditions = Annotated[
     list[str] | None,
@@ -19,6 +23,9 @@ Conditions = Annotated[
 ]
 Source = Annotated[str | None, typer.Option(help="Only clients of this prefix.", metavar="PREFIX")]
 External = Annotated[bool, typer.Option("--external", help="The targets are in no pool.")]
+ProxyProtocol = Annotated[
+    bool, typer.Option("--proxy-protocol", help="For unix:/path: tell the daemon who the client is (version 2).")
+]
 Ttl = Annotated[str | None, typer.Option(help="When it ends unless renewed: 90s, 15m, 12h, 7d.", metavar="TIME")]
 
 
@@ -35,9 +42,10 @@ def conditions(written: list[str] | None) -> dict[str, str]:
     return found
 
 
-def targets(written: list[str], external: bool) -> list[dict[str, object]]:
+def targets(written: list[str], external: bool, proxy_protocol: bool = False) -> list[dict[str, object]]:
     """Targets as the API takes them."""
-    return [{"address": target, "external": external} for target in written]
+    more = {"proxy_protocol": "v2"} if proxy_protocol else {}
+    return [{"address": target, "external": external, **more} for target in written]
 
 
 def seconds(text: str | None) -> int | None:

@@ -43,12 +43,13 @@ def add_route(
         typer.Option("--hash", help="For hash: the key whose value says it; `source` is the client's address."),
     ] = None,
     external: given.External = False,
+    proxy_protocol: given.ProxyProtocol = False,
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
     """Define a route, or give it another target; it counts from the next connection on."""
-    body = {"when": given.conditions(key), "source": source, "target": given.targets(targets, external)}
-    body |= {"choose": choose, "hash": hash_}
+    to = given.targets(targets, external, proxy_protocol)
+    body = {"when": given.conditions(key), "source": source, "target": to, "choose": choose, "hash": hash_}
     made = ask.request(config, "PUT", "services", service, "routes", body=body)
     show.said(made, f"{show.conditions(made)}: {', '.join(made['targets'])}", as_json)
 

@@ -28,6 +28,8 @@ class TargetView(Struct, frozen=True):
     pool: str | None
     """None: its address is in no pool of the configuration in force."""
     lease: str | None
+    relayed: str | None
+    """The daemon on a unix socket that is reached there; None: there is none."""
     drained: bool
     """It takes no new connections."""
     dead: list[str]
@@ -50,7 +52,9 @@ def list_targets(context: Context, request: Request[Nothing, TargetQuery, Nothin
         state = context.machine.target_state(id_)
         dead = [PROTOCOL_NAMES[protocol] for protocol, bit in DEAD.items() if state & bit]
         pool = next((pool.name for pool in pools if target.address in pool), None)
-        views.append(TargetView(id_, str(target), pool, lease, bool(state & DRAINED), dead))
+        (written,) = context.registry.written([target])
+        relayed = written if written != str(target) else None
+        views.append(TargetView(id_, str(target), pool, lease, relayed, bool(state & DRAINED), dead))
     return Answer(200, TargetPage(views, views[-1].id if len(found) > query.limit else None))
 
 
