@@ -53,6 +53,11 @@ def moment(seconds: float | None) -> str:
     return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def age(moment: float) -> float:
+    """Seconds since then."""
+    return max(0.0, time.time() - moment)
+
+
 def duration(seconds: float) -> str:
     """A length of time in its two largest units."""
     left = int(seconds)
