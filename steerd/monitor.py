@@ -1,7 +1,8 @@
 """Metrics for Prometheus: finds out how things stand, and serves it over HTTP at `gateway.metrics.listen`.
 
-Who asks more than once a second gets the same answer again, so that however many ask, it costs little. Nothing is said
-there that would have to be kept secret: no key, no address, no name but those of services, parsers and pools.
+Who asks more than once a second gets the same answer again, so that however many ask, it costs little. There are at
+most _MOST_CONNECTIONS; a new one pushes out the oldest, so that nobody keeps the others out by connecting. Nothing is
+said there that would have to be kept secret: no key, no address, no name but those of services, parsers and pools.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ PATH = "/metrics"
 
 _FRESH_SECONDS = 1.0
 _SHUTDOWN_SECONDS = 1.0
+_IDLE_SECONDS = 60.0
+"""Longer than monitors wait from one scrape to the next."""
+_MOST_CONNECTIONS = 32
 _MODE = 0o666
 _T = TypeVar("_T")
 
@@ -58,6 +62,8 @@ class Monitor:
         app = web.Application()
         app.router.add_get(PATH, self._scrape)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
+        self._connections: dict[_Connection, None] = {}
+        self._listening: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Listen; raises SteerdError if that cannot be had."""
@@ -69,10 +75,16 @@ class Monitor:
             raise SteerdError(
                 f"gateway.metrics.listen: {self._listen} cannot be listened on: {os.strerror(error.errno or 0)}."
             ) from error
-        await web.SockSite(self._runner, listener).start()
+        server = self._runner.server
+        assert server is not None, "the runner was set up"
+        self._listening = await asyncio.get_running_loop().create_server(
+            lambda: _Connection(server, self._connections), sock=listener
+        )
 
     async def stop(self) -> None:
         """Let requests end that are being answered, and go."""
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
         if self._listen.path:
             Path(self._listen.path).unlink(missing_ok=True)
@@ -115,6 +127,34 @@ class Monitor:
         except SteerdError:  # a reload took the service away a moment ago
             return {}
         return {"static": static, "dynamic": dynamic}
+
+
+class _Connection(web.RequestHandler):
+    """One connection, among those that there are, the oldest first."""
+
+    __slots__ = ("_connections",)
+
+    def __init__(self, server: web.Server, connections: dict[_Connection, None]) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]
+            keepalive_timeout=_IDLE_SECONDS,
+        )
+        self._connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._connections[self] = None
+        if len(self._connections) > _MOST_CONNECTIONS:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            if oldest.transport is not None:
+                oldest.transport.abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.pop(self, None)
+        super().connection_lost(exc)
 
 
 def _found(find: Callable[[], _T]) -> _T | None:

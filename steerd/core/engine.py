@@ -48,7 +48,7 @@ NO_TARGET = 0
 NOT_EXTENDED = Extension(0, 0)
 
 # Reasons of what a route led to; all but the first also of what something else led to.
-_BY_ROUTE = (Reason.ROUTE, Reason.NO_FAMILY, Reason.DRAINED, Reason.DEAD)
+_BY_ROUTE = (Reason.ROUTE, Reason.NO_FAMILY, Reason.DRAINED, Reason.DEAD, Reason.ASLEEP)
 
 Watch = Callable[[str, Keys | Answer], None]
 """Is told what each parser that is asked answers, by name."""
