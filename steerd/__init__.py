@@ -43,13 +43,14 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     record.py      the half of a worker that counts and logs decisions
     monitor.py     metrics for Prometheus, served by the main process
     waker.py       the part of the main process that starts sleeping daemons and puts them to sleep
+    liveness.py    which of several targets listens
     config.py      TOML to values; every mistake found, each with its key
     privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
     relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
-    core/          engine, explain, router, sessions, pending (first payloads), datagrams, pools, leases, marks,
-                   wake (daemons that sleep), plan (have and want -> what to do)
+    core/          engine, explain, router, choice (of several targets), sessions, pending (first payloads), datagrams,
+                   pools, leases, marks, wake (daemons that sleep), plan (have and want -> what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
                    sockets (ends a connection's), host, capabilities, notify (systemd), processes and units

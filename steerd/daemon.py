@@ -42,7 +42,8 @@ from steerd.kernel.conntrack import Conntrack, Entry
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
 from steerd.kernel.notify import Notifier
-from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason, UnixDaemon
+from steerd.liveness import Liveness
+from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason, Target, UnixDaemon
 from steerd.monitor import Monitor
 from steerd.privileges import Standing
 from steerd.relay.engine import Listen
@@ -71,6 +72,7 @@ _WATCH_SECONDS = 1.0
 _OVER = 20
 _QUEUE_REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 10.0
+_MAX_SHOWN = 10
 # A watchdog that hears of us three times in its time does not bite because one of them was late.
 _WATCHDOG_SHARE = 3
 # A worker that dies at once is started again after 0.1 s, then 0.2 s, ... 5 s; one that lived longer than this is
@@ -212,11 +214,12 @@ class Daemon:
         self._log = logs.configure(process="main", style=config.gateway.log.format)
         self._states = States.create(config.gateway.run_dir, config.gateway.mark.highest_id)
         self._notifier = Notifier()
-        self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self), _RelayEffects(self))
+        self._registry = Registry(config.gateway.state_dir, _LeaseEffects(self), _RelayEffects(self), self._states)
         if config.relayed:
             # Those that were there before keep their aliases.
             self._config = config = configuration.load(config.file, self._registry.relays.seats())
         self._relay = Keeper(self._log)
+        self._liveness = Liveness(self._states)
         self._claims = Collector(config.gateway.run_dir, self._registry.sessions)
         self._api = Api(
             Context(self._registry, self),
@@ -291,6 +294,7 @@ class Daemon:
         ended = self._registry.leases.reconcile(time.time())
         if ended:
             self._log.info("flows of leases that have ended were ended", flows=ended)
+        self._look_at_targets()
         await self._api.start()
         if self._monitor is not None:
             await self._monitor.start()
@@ -299,6 +303,7 @@ class Daemon:
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]
         tasks += [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch_queues())]
         tasks += [relay, asyncio.create_task(self._keep_leases())]
+        tasks.append(asyncio.create_task(self._keep_looking_at_targets()))
         tasks.append(asyncio.create_task(self._waker.keep()))
         tasks.append(asyncio.create_task(self._claims.keep_collecting(self._on_claims_kept)))
         announce = asyncio.create_task(self._announce(ready, started))
@@ -618,6 +623,21 @@ class Daemon:
         """Have the relay listen on these, from another thread than the event loop's. Raises KernelError."""
         asyncio.run_coroutine_threadsafe(self._relay.listen(wanted), self._loop).result()
 
+    async def _keep_looking_at_targets(self) -> None:
+        """See to it that a dead one of several targets gets no new connection."""
+        while True:
+            await asyncio.sleep(self._liveness.pause)
+            await asyncio.to_thread(self._look_at_targets)
+
+    def _look_at_targets(self) -> None:
+        try:
+            changes = self._liveness.look(self._registry.groups_in_use(), self._config)
+        except (SteerdError, OSError) as error:
+            self._log.error("it cannot be seen which targets listen; what was seen last counts", why=str(error))
+            return
+        if changes.dead or changes.alive:
+            self._log.info("targets changed", dead=_few(changes.dead), alive=_few(changes.alive))
+
     async def _keep_leases(self) -> None:
         """End leases when their time has come."""
         leases = self._registry.leases
@@ -820,6 +840,12 @@ def _conntrack_use() -> ConntrackUse | None:
     except (OSError, ValueError):
         return None
     return ConntrackUse(entries, limit)
+
+
+def _few(targets: Sequence[Target]) -> list[str]:
+    """For a line of a log."""
+    shown = [str(target) for target in targets[:_MAX_SHOWN]]
+    return shown if len(shown) == len(targets) else [*shown, f"and {len(targets) - len(shown)} more"]
 
 
 def total_decisions(counters: Counters) -> dict[str, int]:

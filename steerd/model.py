@@ -214,8 +214,6 @@ DRAINED = 1
 DEAD = {TCP: 2, UDP: 4}
 """Bits of a target's state: nothing listens on its address and port. Only of targets that are looked at: one of several
 of a route, say."""
-ASLEEP = 8
-"""A bit of a target's state: its daemon is started when a connection comes."""
 
 
 class Outcome(enum.Enum):

@@ -2,8 +2,8 @@
 
 One writer, the main process; workers read through LMDB's shared memory, without locks. A transaction is on the disk
 before anybody is told of it. Target ids are in control.store, and the layout of the whole; routes in control.routes,
-leases in control.leases, sessions in control.sessions; what is in them as text, and back, in control.transfer. Here a
-configuration becomes a plan, and is put in force with its routes and sessions in one step.
+leases in control.leases, sessions in control.sessions, drains in control.drains; what is in them as text, and back, in
+control.transfer. Here a configuration becomes a plan, and is put in force with its routes and sessions in one step.
 
 **What a worker reads, and when.** The plan says what to look for, and a worker keeps it; where keys lead to is looked
 up in LMDB, decision by decision. Each decision has one read transaction (`Reader.advance` begins it, `Reader.rest` ends
@@ -23,10 +23,12 @@ import msgspec
 from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
 from steerd.control import relays
 from steerd.control import sessions as session_table
+from steerd.control.drains import DrainTable
 from steerd.control.leases import Effects, LeaseTable, NoEffects
 from steerd.control.relays import RelayTable
 from steerd.control.routes import RouteTable, origin_of, stored_route
 from steerd.control.sessions import Places, SessionTable
+from steerd.control.states import States
 from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of, written
 from steerd.core.choice import GROUP, Group
 from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds, WakeRange
@@ -51,15 +53,20 @@ class Registry:
     """The writer's side; the main process holds the only one."""
 
     def __init__(
-        self, state_dir: str, effects: Effects | None = None, relay_effects: relays.Effects | None = None
+        self,
+        state_dir: str,
+        effects: Effects | None = None,
+        relay_effects: relays.Effects | None = None,
+        states: States | None = None,
     ) -> None:
         """`effects`: what leases do to the kernel; `relay_effects`: what `unix:` targets do to the relay; None:
-        nothing."""
+        nothing. `states`: of targets, as workers see them."""
         self._store = Store(state_dir)
         self.relays = RelayTable(self._store, relay_effects or relays.NoEffects())
         self.routes = RouteTable(self._store, self.relays)
         self.leases = LeaseTable(self._store, self.routes, effects or NoEffects())
         self.sessions = SessionTable(self._store)
+        self.drains = DrainTable(self._store, self.routes, states)
         self._groups_seen: tuple[int, list[Group]] = (-1, [])
 
     def close(self) -> None:
@@ -131,10 +138,12 @@ class Registry:
                 self._store.put_plan(txn, plan)
                 leases_took_effect = self.leases.publish(txn, config)
                 sessions_took_effect = self.sessions.publish(txn, ids, config)
+                drains_took_effect = self.drains.publish(txn, ids, config)
             relays_took_effect()
             routes_took_effect()
             leases_took_effect()
             sessions_took_effect()
+            drains_took_effect()
         return plan
 
     def _plan(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from pathlib import Path
 
 from steerd.core.marks import FIRST_TARGET_ID
@@ -31,6 +32,8 @@ class States:
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._bytes = memoryview(mapping)
+        # Several threads of the main process change bits of one byte.
+        self._lock = threading.Lock()
         self.get = self._bytes.__getitem__
         """The state of a target id, 0 .. highest; IndexError beyond. An attribute and not a method: it is asked for
         each decision."""
@@ -76,9 +79,11 @@ class States:
         """Set or clear one bit of a target's state."""
         if target_id < FIRST_TARGET_ID:
             raise ValueError(f"{target_id} is no target id")
-        state = self._bytes[target_id]
-        self._bytes[target_id] = state | bit if on else state & ~bit
+        with self._lock:
+            state = self._bytes[target_id]
+            self._bytes[target_id] = state | bit if on else state & ~bit
 
     def clear(self, first_id: int, length: int) -> None:
         """Forget what is known of some ids in a row."""
-        self._bytes[first_id : first_id + length] = bytes(length)
+        with self._lock:
+            self._bytes[first_id : first_id + length] = bytes(length)

@@ -59,6 +59,7 @@ _SERIAL = struct.Struct("!Q")
 _ID_KEY_TAIL = struct.Struct("!IH")
 ID_KEY_TAIL = _ID_KEY_TAIL.size
 """Bytes of a key of `ids` behind the address."""
+_ONE = (1).to_bytes(4, "big")
 _TARGET_HEAD = struct.Struct("!IH")
 _decode_group = msgspec.msgpack.Decoder(Group).decode
 
@@ -79,6 +80,8 @@ class Store:
             raise RegistryError(f"the registry in {self.path} cannot be opened: {error}") from error
         self.lock = threading.RLock()
         """Held by whoever writes. Values that must change together with what is written are changed under it."""
+        self.on_new_ids: Callable[[Block, int, IdBlock], None] = lambda _block, _port, _ids: None
+        """Is told of ids that are given for the first time, while the transaction that gives them is under way."""
         meta = self.env.open_db(b"meta")
         with self.env.begin(write=True) as txn:
             schema = txn.get(b"schema", db=meta)
@@ -132,6 +135,18 @@ class Store:
     def target(self, txn: lmdb.Transaction[bytes], target_id: int) -> Target | None:
         """What an id stands for, or None if it was never given."""
         return target_of(txn, self._targets, target_id)
+
+    def ids_at(self, txn: lmdb.Transaction[bytes], address: IPAddress, port: int | None) -> Iterator[int]:
+        """The ids of single targets with this address, and port (0: `same`; None: any)."""
+        beginning = address.packed + _ONE
+        with txn.cursor(db=self._ids) as cursor:
+            there = cursor.set_range(beginning)
+            while there and cursor.key().startswith(beginning):
+                key = cursor.key()
+                length, found = _ID_KEY_TAIL.unpack(key[-_ID_KEY_TAIL.size :])
+                if len(key) == len(address.packed) + _ID_KEY_TAIL.size and length == 1 and port in (None, found):
+                    yield _ID.unpack(cursor.value())[0]
+                there = cursor.next()
 
     def group(self, txn: lmdb.Transaction[bytes], group_id: int) -> Group | None:
         """What the id of a group stands for, or None if it was never given."""
@@ -281,6 +296,7 @@ class IdGiver:
             value = _TARGET_HEAD.pack(block.length, port) + block.first.packed
             self._txn.put(packed_id, value, db=self._store._targets)
             self._txn.put(b"next_id", _ID.pack(first_id + block.length), db=self._store.meta)
+            self._store.on_new_ids(block, port, IdBlock(first_id, block.length))
         return IdBlock(first_id, block.length)
 
     def _number(self, key: bytes, database: Any) -> int | None:

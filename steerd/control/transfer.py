@@ -4,11 +4,13 @@
     {"kind":"route","service":"web","when":{"http.host":"a.example"},"target":["10.64.0.7:8080"]}
     {"kind":"lease","name":"a","pool":"tenants","addresses":["10.64.0.8"],"service":"web","when":{...},"port":8080}
     {"kind":"released","name":"b","pool":"tenants","addresses":["10.64.0.9"],"until":1800000000.0}
+    {"kind":"drain","target":"10.64.0.7:8080","since":1800000000}
 
 First the dynamic routes that are no lease's, by service, shape and value; then the leases by name; then who had which
-alias last, by name. The order and every character depend on nothing but what there is: what was exported, imported into
-an empty registry and exported again is the same text. Values are written as in the configuration; `source`, `ttl`,
-`expires` and the like are left out where there is none. Sessions of the API are not in it.
+alias last, by name; then the drains, by address and port. The order and every character depend on nothing but what
+there is: what was exported, imported into an empty registry and exported again is the same text. Values are written as
+in the configuration; `source`, `ttl`, `expires` and the like are left out where there is none. Sessions of the API are
+not in it.
 
 An import adds and changes, and removes nothing. Lines come in batches (`load`), each one a transaction that is on the
 disk before it is acknowledged, or leaves nothing behind if one of its lines cannot be. Lines that say what is there
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from steerd.control.drains import DrainLine
 from steerd.control.leases import LeaseLine, ReleasedLine
 from steerd.control.routes import RouteLine
 from steerd.control.sessions import RequestError
@@ -48,7 +51,7 @@ class Loaded(msgspec.Struct):
     unchanged: int = 0
 
 
-_decode = msgspec.json.Decoder(Heading | RouteLine | LeaseLine | ReleasedLine).decode
+_decode = msgspec.json.Decoder(Heading | RouteLine | LeaseLine | ReleasedLine | DrainLine).decode
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
@@ -56,7 +59,7 @@ def export(registry: Registry) -> Generator[bytes, None, None]:
     """All lines, some thousand at a time, as they were at one moment: the one when the first are asked for."""
     with registry.reading() as txn:
         chunk = [_encode(Heading(FORMAT))]
-        for lines in (registry.routes.lines(txn), registry.leases.lines(txn)):
+        for lines in (registry.routes.lines(txn), registry.leases.lines(txn), registry.drains.lines(txn)):
             for line in lines:
                 chunk.append(_encode(line))
                 if len(chunk) == _CHUNK_LINES:
@@ -92,7 +95,11 @@ def load(registry: Registry, text: bytes, first: int = 1) -> Loaded:
                         _check_format(parsed)
                         continue
                     else:
-                        took_effect = registry.leases.restore(txn, parsed)
+                        took_effect = (
+                            registry.drains.restore(txn, parsed)
+                            if isinstance(parsed, DrainLine)
+                            else registry.leases.restore(txn, parsed)
+                        )
                         change = "unchanged" if took_effect is None else "added"
                         if took_effect is not None:
                             afterwards.append(took_effect)

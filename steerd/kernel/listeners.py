@@ -1,7 +1,10 @@
 """What listens on this machine, asked of the kernel itself (NETLINK_SOCK_DIAG, linux/inet_diag.h).
 
 `/proc/net/tcp` would be read line by line; here the kernel filters (a little program, INET_DIAG_REQ_BYTECODE), so
-that asking for wildcard listeners among 70,000 others hands over only those asked for.
+that asking for wildcard listeners among 70,000 others hands over only those asked for. `which_listen` asks about one
+address and port after the other: the kernel looks each up as for a packet that comes, however many sockets there are.
+(Its multicast groups, SKNLGRP_INET_TCP_DESTROY and the like, tell of every socket that ends, those of connections too,
+and of none that begins to listen.)
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from steerd.errors import KernelError
 from steerd.kernel.rtnetlink import ATTRIBUTE, HEADER, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, errno_text
@@ -25,14 +29,29 @@ _STATES = {TCP: 1 << 10, UDP: 1 << 7}
 
 _REQUEST = struct.Struct("=BBBxI48x")
 """struct inet_diag_req_v2: family, protocol, extensions, states, socket id."""
+_EXACT = struct.Struct("=BBBxI2s2s16s16sI8s")
+"""The same with its socket id: ports, addresses, device, cookie."""
+_NO_COOKIE = b"\xff" * 8
+_ALL_STATES = 0xFFFFFFFF
+_AT_ONCE = 64
+"""Requests for which the answers fit into a socket's buffer."""
 _MESSAGE = struct.Struct("=B3x2s2x16s")
 """The beginning of struct inet_diag_msg: family, source port, source address (which IPv4 fills to 4 bytes)."""
 _MESSAGE_LENGTH = 72
 _OPERATION = struct.Struct("=BBH")
 _CONDITION = struct.Struct("=BBxxi")
 _RECEIVE = 1 << 18
-_NO_COOKIE = b"\xff" * 8
 _MAPPED = bytes(10) + b"\xff\xff"
+
+
+class Listener(NamedTuple):
+    """Where a socket may listen."""
+
+    address: bytes
+    """Packed."""
+    port: int
+    wildcard: bool
+    """One that is bound to the wildcard address counts, too."""
 
 
 def wildcard_ports(protocol: int = TCP) -> set[tuple[int, int]]:
@@ -73,27 +92,44 @@ def listens(address: bytes, port: int, protocol: int = TCP, *, wildcard: bool = 
     The kernel looks one up as for a packet from nowhere (inet_diag_dump_one_icsk, udp_dump_one), and the nearest one
     wins: a socket bound to the address before one bound to the wildcard. Raises KernelError.
     """
-    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    ours, anybody = (port.to_bytes(2, "big"), address.ljust(16, b"\0")), (bytes(2), bytes(16))
-    # Which side of the socket's name is its own is the other way round for UDP, "for historical reasons".
-    (sport, source), (dport, destination) = (anybody, ours) if protocol == UDP else (ours, anybody)
-    name = sport + dport + source + destination + bytes(4) + _NO_COOKIE
-    body = struct.pack("=BBBxI", family, protocol, 0, _STATES[protocol]) + name
+    return which_listen(protocol, [Listener(address, port, wildcard)])[0]
+
+
+def which_listen(protocol: int, wanted: Sequence[Listener]) -> list[bool]:
+    """Of each whether a socket takes connections (or datagrams of strangers) there. One that is bound to a device is
+    not seen. Raises KernelError."""
+    found: list[bool] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as diag:
-        diag.send(HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0) + body)
-        data = diag.recv(_RECEIVE)
-    _, kind, _, _, _ = HEADER.unpack_from(data)
-    if kind == NLMSG_ERROR:
-        (negative,) = struct.unpack_from("=i", data, 16)
-        if -negative == errno.ENOENT:
-            return False
-        name_of = PROTOCOL_NAMES[protocol].upper()
-        raise KernelError(f"The kernel refused to look for a {name_of} socket: {errno_text(-negative)}.")
-    _, found_port, found = _MESSAGE.unpack_from(data, 16)
-    if found_port != port.to_bytes(2, "big"):
-        return False
-    exact = (address.ljust(16, b"\0"), _MAPPED + address)
-    return found in exact or (wildcard and found in (bytes(16), _MAPPED + bytes(4)))
+        for start in range(0, len(wanted), _AT_ONCE):
+            some = wanted[start : start + _AT_ONCE]
+            diag.send(b"".join(_question(protocol, number, listener) for number, listener in enumerate(some)))
+            answers = [False] * len(some)
+            # One after the other, in the order of the questions.
+            for number, listener in enumerate(some):
+                data = diag.recv(_RECEIVE)
+                _, kind, _, sequence, _ = HEADER.unpack_from(data)
+                if kind == NLMSG_ERROR:
+                    (negative,) = struct.unpack_from("=i", data, 16)
+                    if -negative != errno.ENOENT:
+                        name = PROTOCOL_NAMES[protocol].upper()
+                        raise KernelError(f"The kernel refused to look for a {name} socket: {errno_text(-negative)}.")
+                    continue
+                assert sequence == number
+                family, _, address, _ = _told(data, 0)
+                bound = address[:4] if family == socket.AF_INET else address.removeprefix(_MAPPED)
+                answers[number] = listener.wildcard or bound == listener.address
+            found += answers
+    return found
+
+
+def _question(protocol: int, number: int, listener: Listener) -> bytes:
+    """A request for the one socket that would get a packet to this address and port."""
+    here = listener.port.to_bytes(2, "big"), listener.address
+    ends = (here, (b"\0\0", b"")) if protocol == TCP else ((b"\0\0", b""), here)  # as the kernel has it for UDP
+    (sport, src), (dport, dst) = ends
+    family = socket.AF_INET if len(listener.address) == 4 else socket.AF_INET6
+    body = _EXACT.pack(family, protocol, 0, _ALL_STATES, sport, dport, src, dst, 0, _NO_COOKIE)
+    return HEADER.pack(16 + len(body), _SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, number, 0) + body
 
 
 def _bound_to_wildcard(family: int) -> bytes:
@@ -130,10 +166,16 @@ def _sockets(protocol: int, family: int, bytecode: bytes) -> Iterator[tuple[int,
                     (negative,) = struct.unpack_from("=i", data, at + 16)
                     name = PROTOCOL_NAMES[protocol].upper()
                     raise KernelError(f"The kernel refused to list its {name} sockets: {errno_text(-negative)}.")
-                told, port, address = _MESSAGE.unpack_from(data, at + 16)
-                both = told == socket.AF_INET6 and not _only_ipv6(data, at + 16 + _MESSAGE_LENGTH, at + length)
-                yield told, port[0] << 8 | port[1], address, both
+                yield _told(data, at)
                 at += (length + 3) & ~3
+
+
+def _told(data: bytes, at: int) -> tuple[int, int, bytes, bool]:
+    """What the message at this place says of a socket, as `_sockets` gives it."""
+    (length,) = struct.unpack_from("=I", data, at)
+    family, port, address = _MESSAGE.unpack_from(data, at + 16)
+    both = family == socket.AF_INET6 and not _only_ipv6(data, at + 16 + _MESSAGE_LENGTH, at + length)
+    return family, port[0] << 8 | port[1], address, both
 
 
 def _only_ipv6(data: bytes, at: int, end: int) -> bool:

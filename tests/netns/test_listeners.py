@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from steerd.kernel.listeners import all_listeners, wildcard_ports
+from steerd.kernel.listeners import Listener, all_listeners, which_listen, wildcard_ports
 from steerd.model import TCP, UDP
 from tests.netns.lab import Host
 
@@ -78,6 +79,57 @@ def test_nothing_listens(new_host: Callable[[str], Host]) -> None:
     with new_host("quiet").entered():
         assert wildcard_ports(TCP) == wildcard_ports(UDP) == set()
         assert all_listeners(TCP) == all_listeners(UDP) == set()
+        for protocol in (TCP, UDP):
+            assert which_listen(protocol, [Listener(bytes(4), 1, True), Listener(bytes(16), 1, True)]) == [False] * 2
+            assert which_listen(protocol, []) == []
+
+
+LISTENING: list[tuple[int, str, int, str]] = [
+    # protocol, address, port -> by a socket of its own; by that or a wildcard one; by none
+    (TCP, "127.0.0.2", 1001, "wildcard"),
+    (TCP, "::1", 1001, "none"),
+    (TCP, "127.0.0.2", 1002, "own"),
+    (TCP, "127.0.0.3", 1002, "none"),
+    (TCP, "127.0.0.2", 1003, "wildcard"),
+    (TCP, "::1", 1003, "wildcard"),
+    (TCP, "127.0.0.2", 1004, "none"),
+    (TCP, "::1", 1004, "wildcard"),
+    (TCP, "::1", 1005, "own"),
+    (TCP, "127.0.0.2", 1006, "wildcard"),
+    (TCP, "127.0.0.7", 1007, "own"),
+    (TCP, "127.0.0.2", 1008, "none"),
+    (UDP, "127.0.0.2", 1008, "wildcard"),
+    (UDP, "::1", 1008, "none"),
+    (UDP, "127.0.0.2", 1009, "wildcard"),
+    (UDP, "::1", 1009, "wildcard"),
+    (UDP, "127.0.0.2", 1010, "own"),
+    (UDP, "127.0.0.3", 1010, "none"),
+    (UDP, "127.0.0.2", 1002, "none"),
+]
+
+
+@pytest.mark.usefixtures("sockets")
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_what_listens_on_one_address_and_port(protocol: int) -> None:
+    asked = [(ipaddress.ip_address(address).packed, port, by) for p, address, port, by in LISTENING if p == protocol]
+    many = asked * 30  # more than are asked for at once
+    own = which_listen(protocol, [Listener(address, port, False) for address, port, _ in many])
+    assert own == [by == "own" for *_, by in many]
+    any_ = which_listen(protocol, [Listener(address, port, True) for address, port, _ in many])
+    assert any_ == [by != "none" for *_, by in many]
+
+
+def test_a_socket_that_is_gone_and_the_connections_that_it_took(sockets: list[socket.socket]) -> None:
+    wanted = [Listener(bytes([127, 0, 0, 2]), 1002, False)]
+    with socket.create_connection(("127.0.0.2", 1002), 5), sockets[1].accept()[0]:
+        assert which_listen(TCP, wanted) == [True]
+        sockets[1].close()
+        assert which_listen(TCP, wanted) == [False]
+    with bound(socket.AF_INET, socket.SOCK_DGRAM, "127.0.0.3", 1011) as datagrams:
+        wanted = [Listener(bytes([127, 0, 0, 3]), 1011, False)]
+        assert which_listen(UDP, wanted) == [True]
+        datagrams.connect(("127.0.0.2", 1010))
+        assert which_listen(UDP, wanted) == [False], "it takes nothing from strangers"
 
 
 def test_five_thousand_listeners(new_host: Callable[[str], Host]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerd.core.choice import GROUP, MAX_MEMBERS, SOURCE, Chooser, Group, Member, maglev, table_size, view
-from steerd.model import ASLEEP, DEAD, DRAINED, TCP, UDP, Flow, Policy, Reason
+from steerd.model import DEAD, DRAINED, TCP, UDP, Flow, Policy, Reason
 
 ports = st.integers(1, 65535).map(lambda port: port.to_bytes(2, "big"))
 addresses = st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=16)
@@ -60,7 +60,7 @@ def group(policy: Policy, count: int, key: str = SOURCE) -> Group:
     return Group(policy, key, tuple(members))
 
 
-states = st.sampled_from([0, DRAINED, DEAD[TCP], DEAD[UDP], ASLEEP, DRAINED | DEAD[TCP], DRAINED | DEAD[UDP]])
+states = st.sampled_from([0, DRAINED, DEAD[TCP], DEAD[UDP], DRAINED | DEAD[TCP], DRAINED | DEAD[UDP]])
 policies: st.SearchStrategy[Policy] = st.sampled_from(["first-alive", "round-robin", "hash"])
 
 

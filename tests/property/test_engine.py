@@ -21,7 +21,7 @@ from steerd.control.registry import Reader, Registry
 from steerd.core.choice import Chooser
 from steerd.core.engine import NO_TARGET, Decision, Engine, Plan
 from steerd.core.pools import Pool
-from steerd.model import ASLEEP, DEAD, DRAINED, TCP, UDP, Extension, Outcome, Reason
+from steerd.model import DEAD, DRAINED, TCP, UDP, Extension, Outcome, Reason
 from steerd.wire import packet, portext
 
 NUMBERS = portext.Numbers()
@@ -176,9 +176,7 @@ class States:
 
     def get(self, target_id: int) -> int:
         if target_id not in self._states:
-            self._states[target_id] = self._rng.choice(
-                (0, 0, 0, 0, 0, DRAINED, DEAD[TCP], DEAD[TCP], DEAD[UDP], ASLEEP)
-            )
+            self._states[target_id] = self._rng.choice((0, 0, 0, 0, 0, DRAINED, DEAD[TCP], DEAD[TCP], DEAD[UDP]))
         return self._states[target_id]
 
     def change(self) -> None:

@@ -17,7 +17,7 @@ from steerd import config
 from steerd.control.registry import Reader, Registry
 from steerd.core.engine import Decision, Engine
 from steerd.core.sessions import Claim
-from steerd.model import ASLEEP, DEAD, DRAINED, TCP, UDP, Answer, Extension, Outcome, Reason
+from steerd.model import DEAD, DRAINED, TCP, UDP, Answer, Extension, Outcome, Reason
 from steerd.wire import portext, quic_lb
 from steerd.wire.packet import ACK, SYN, Packet
 from tests import initials
@@ -377,12 +377,12 @@ def test_where_a_syn_goes(plan: Decider, packet: Packet, service: str, reason: R
 @pytest.mark.parametrize("packet", [packet for packet, *_, to in STEERED if not isinstance(to, Outcome)])
 def test_a_drained_target_takes_nobody_new(plan: Decider, packet: Packet) -> None:
     before = plan.decide(packet)
-    plan.states[before.target_id] = DRAINED | ASLEEP | DEAD[TCP]
+    plan.states[before.target_id] = DRAINED | DEAD[TCP]
     drained = plan.decide(packet)
     refused = Outcome.DROP if before.service in ("strict",) else Outcome.ALERT if before.service == "senders" else None
     assert drained[:3] == (refused or Outcome.RESET, Reason.DRAINED, 0)
     assert (drained.service, drained.keys, drained.claim) == (before.service, before.keys, None)
-    plan.states[before.target_id] = ASLEEP | DEAD[TCP]
+    plan.states[before.target_id] = DEAD[TCP]
     # What is dead is steered to: the kernel refuses at once.
     assert plan.decide(packet) == before
     del plan.states[before.target_id]

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "client": {"wire", "model", "errors"},
     "late": {"core", "kernel", "wire", "model", "telemetry"},
     "datagram": {"core", "kernel", "wire", "model", "telemetry"},
+    "liveness": {"config", "control", "core", "kernel", "model"},
     "relay": {"kernel", "wire", "model", "telemetry", "errors"},
     "monitor": {"config", "control", "kernel", "errors", "telemetry"},
     "record": {"control", "core", "wire", "model", "errors", "telemetry"},

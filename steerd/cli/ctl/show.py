@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNBOUNDED = 10_000
-SHOWN = 1000
-"""Rows of a table, unless --limit says otherwise."""
 
 
 def said(value: object, text: str, as_json: bool) -> None:
@@ -24,45 +21,24 @@ def said(value: object, text: str, as_json: bool) -> None:
     typer.echo(json.dumps(value) if as_json else text)
 
 
-class List(NamedTuple):
-    """What a list looks like as a table."""
-
-    title: str
-    columns: tuple[str, ...]
-    row: Callable[[dict[str, Any]], tuple[str, ...]]
-
-
 def listed(
-    looks: List,
-    config: Path,
-    limit: int | None,
+    found: list[dict[str, Any]],
     as_json: bool,
-    what: str,
-    *path: str,
-    query: dict[str, str] | None = None,
+    title: str,
+    columns: Iterable[str],
+    row: Callable[[dict[str, Any]], Iterable[str]],
 ) -> None:
-    """A list of the API: as a JSON array, or as a table, of which not more is shown than somebody may want to read."""
-    from steerd.cli.ctl import ask
-
+    """A list: as a JSON array, or as a table."""
     if as_json:
-        typer.echo(json.dumps(ask.pages(config, what, *path, query=query, at_most=limit)))
+        typer.echo(json.dumps(found))
         return
-    at_most = limit or SHOWN
-    found = ask.pages(config, what, *path, query=query, at_most=at_most + 1)
-    table(looks, found[:at_most], is_all=len(found) <= at_most)
-
-
-def table(looks: List, found: list[dict[str, Any]], *, is_all: bool) -> None:
-    """A table, and whether it is all."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(*looks.columns, title=looks.title)
+    table = Table(*columns, title=title)
     for each in found:
-        made.add_row(*(Text(text, overflow="fold") for text in looks.row(each)))
-    console().print(made)
-    if not is_all:
-        typer.echo("There are more; see --limit.")
+        table.add_row(*(Text(text, overflow="fold") for text in row(each)))
+    console().print(table)
 
 
 def console() -> Console:
@@ -75,11 +51,6 @@ def console() -> Console:
 def moment(seconds: float | None) -> str:
     """A time (seconds since the epoch) in local time, or `never`."""
     return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def age(moment: float) -> float:
-    """Seconds since then."""
-    return max(0.0, time.time() - moment)
 
 
 def duration(seconds: float) -> str:
