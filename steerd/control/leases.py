@@ -28,10 +28,11 @@ import ipaddress
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import lmdb
 import msgspec
+from msgspec import Meta
 
 from steerd.config import Config
 from steerd.control.routes import RouteTable, RouteView
@@ -44,6 +45,8 @@ from steerd.model import IPAddress
 
 MAX_COUNT = (1 << 63) - 1
 MAX_TTL = 10 * 365 * 86400
+_Moment = Annotated[float, Meta(ge=0.0, le=253402300799.0)]
+"""Seconds since the epoch, up to the year 9999: what later ones are called nobody says."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,127}")
 
 
@@ -129,9 +132,9 @@ class LeaseLine(msgspec.Struct, frozen=True, tag_field="kind", tag="lease", omit
     service: str | None = None
     when: dict[str, str | int] = {}
     source: str | None = None
-    port: int | str = "same"
-    ttl: int | None = None
-    expires: float | None = None
+    port: Annotated[int, Meta(ge=1, le=65535)] | Literal["same"] = "same"
+    ttl: Annotated[int, Meta(ge=1, le=MAX_TTL)] | None = None
+    expires: _Moment | None = None
 
 
 class ReleasedLine(msgspec.Struct, frozen=True, tag_field="kind", tag="released", omit_defaults=True):
@@ -140,7 +143,7 @@ class ReleasedLine(msgspec.Struct, frozen=True, tag_field="kind", tag="released"
     name: str
     pool: str
     addresses: list[str]
-    until: float
+    until: _Moment
 
 
 class _Lease(msgspec.Struct, array_like=True):
@@ -445,6 +448,8 @@ class LeaseTable:
     def restore(self, txn: lmdb.Transaction[bytes], line: LeaseLine | ReleasedLine) -> Callable[[], None] | None:
         """Write a line of an export down, inside `RouteTable.changing`. Returns what to call, still under the store's
         lock, once that is on the disk; None: all of it is there already. Raises RequestError."""
+        if not _NAME.fullmatch(line.name):
+            raise RequestError("invalid", "name", "Is not the name of a lease.")
         force = self._in_force()
         addresses = [_address(text) for text in line.addresses]
         packed = [address.packed for address in addresses]
@@ -460,9 +465,7 @@ class LeaseTable:
             if (old.addresses, old.ttl, old.expires) == (packed, line.ttl or 0, line.expires or 0.0):
                 return None
             raise RequestError("conflict", "name", f"{line.name} has a lease already, and another one.")
-        if not _NAME.fullmatch(line.name):
-            raise RequestError("invalid", "name", "Is not the name of a lease.")
-        port = 0 if line.port == "same" else int(line.port)
+        port = 0 if line.port == "same" else line.port
         serial = self._store.next_serial(txn)
         lease = _Lease(serial, line.pool, packed, port, b"", line.ttl or 0, line.expires or 0.0)
         lease.route = self._add_route(txn, line.name, lease, line.service, line.when, line.source)

@@ -147,6 +147,26 @@ def test_an_import_changes_what_has_another_target(registry: Registry) -> None:
             "conflict",
             "Line 42 cannot be carried out (addresses): Somebody else has one of them.",
         ),
+        *(
+            (f'{{"kind":"lease","name":"n","pool":"tenants","addresses":["10.64.0.9"],{wrong}}}', "invalid", said)
+            for wrong, said in (
+                ('"port":"no"', "Line 42 cannot be read: Invalid enum value 'no' - at `$.port`."),
+                ('"port":-5', "Line 42 cannot be read: Expected `int` >= 1 - at `$.port`."),
+                ('"port":65536', "Line 42 cannot be read: Expected `int` <= 65535 - at `$.port`."),
+                ('"ttl":-1', "Line 42 cannot be read: Expected `int` >= 1 - at `$.ttl`."),
+                ('"expires":1e300', "Line 42 cannot be read: Expected `float` <= 253402300799.0 - at `$.expires`."),
+            )
+        ),
+        (
+            '{"kind":"released","name":"\\u00e9","pool":"tenants","addresses":["10.64.0.9"],"until":1}',
+            "invalid",
+            "Line 42 cannot be carried out (name): Is not the name of a lease.",
+        ),
+        (
+            '{"kind":"released","name":"n","pool":"tenants","addresses":["10.64.0.9"],"until":-1}',
+            "invalid",
+            "Line 42 cannot be read: Expected `float` >= 0.0 - at `$.until`.",
+        ),
     ],
 )
 def test_a_batch_with_a_line_that_cannot_be_changes_nothing(
