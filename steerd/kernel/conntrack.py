@@ -129,14 +129,20 @@ class Entry(NamedTuple):
         return b"".join(attribute(name, fields[name]) for name in _IDENTITY if name in fields)
 
 
-def entries(*, translated: bool = False, answered_by: bytes = b"") -> Generator[Entry, None, None]:
-    """Every entry of a protocol with ports; only those that are `translated`; only those that an address (packed)
-    answers. Whoever stops half-way closes the iterator. Raises KernelError."""
+def entries(
+    *, translated: bool = False, unsteered: bool = False, answered_by: bytes = b""
+) -> Generator[Entry, None, None]:
+    """Every entry of a protocol with ports; only those that are `translated`; only those that are `unsteered`, neither
+    translated nor answered; only those that an address (packed) answers. Whoever stops half-way closes the iterator.
+    Raises KernelError."""
     family = next((_FAMILIES[version] for version, width in _WIDTHS.items() if len(answered_by) == width), _ANY_FAMILY)
     about = b""
     if translated:
         status = _DST_NAT.to_bytes(4, "big")
         about += attribute(_STATUS, status) + attribute(_STATUS_MASK, status)
+    if unsteered:
+        mask = (_SEEN_REPLY | _DST_NAT).to_bytes(4, "big")
+        about += attribute(_STATUS, bytes(4)) + attribute(_STATUS_MASK, mask)
     # Of one IPv4 address the kernel (since 5.8) sorts out the entries by itself. Of IPv6 addresses it sorts out the
     # others (seen on 6.18): ctnetlink_filter_match_tuple has the comparison the wrong way round.
     if len(answered_by) == _WIDTHS[4]:
@@ -149,8 +155,12 @@ def entries(*, translated: bool = False, answered_by: bytes = b"") -> Generator[
             entry = _entry(body)
             if entry is None or (answered_by and entry.delivered.dst != answered_by):
                 continue
-            if entry.is_translated or not translated:
-                yield entry
+            # An older kernel takes no notice of the status that was asked for.
+            if translated and not entry.is_translated:
+                continue
+            if unsteered and (entry.is_translated or entry.is_answered):
+                continue
+            yield entry
 
 
 def _entry(body: bytes) -> Entry | None:
@@ -232,11 +242,8 @@ class Conntrack:
         translation: it would take the place of its flow, whose client would then be given another port."""
         found = [
             entry
-            for entry in entries()
-            if entry.protocol == UDP
-            and not entry.is_translated
-            and (_is_at(entry.flow, endpoints) or _is_from(entry.flow, pools))
-            and not entry.is_answered
+            for entry in entries(unsteered=True)
+            if entry.protocol == UDP and (_is_at(entry.flow, endpoints) or _is_from(entry.flow, pools))
         ]
         return sum(self.delete_entry(entry) for entry in found)
 
