@@ -92,6 +92,8 @@ def _asked(
         yield response
     except PermissionError:
         raise ForbiddenError(f"{where} may not be used by you; be root, or in the group steerd.") from None
+    except TimeoutError:
+        raise NoAnswerError(f"{where} did not answer in {timeout:g} s: the daemon hangs, or has much to do.") from None
     except (FileNotFoundError, ConnectionRefusedError):
         raise NoAnswerError(f"nobody answers at {where}: is steerd running?") from None
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:

@@ -192,6 +192,7 @@ def known_by(reader: Reader, config: Config, state: Callable[[int], int]) -> Kno
         is_alias,
         state,
         reader.group,
+        reader.written,
     )
 
 

@@ -44,6 +44,7 @@ from steerd.model import (
     Reason,
     Route,
     Target,
+    UnixDaemon,
 )
 from steerd.wire import portext, proxy, quic
 from steerd.wire.packet import ACK, RST, SYN, Packet
@@ -93,6 +94,8 @@ class Known(NamedTuple):
     """As Engine's."""
     group: Callable[[int], Group | None] = no_group
     """What the id of a group stands for."""
+    written: Callable[[Target], UnixDaemon | Target] = lambda target: target
+    """The target as the configuration has it: where the relay stands, the daemon behind it."""
 
 
 class Step(NamedTuple):
@@ -333,13 +336,15 @@ class Explainer:
                 source = _source(plan, packet, keys)
                 matched = tuple(self._matching(plan, keys, source))
                 near, looked_at_all = self._near(plan, keys, source)
-                steps += _routes(plan, matched, near, looked_at_all)
+                steps += _routes(plan, matched, near, looked_at_all, self._known.written)
                 if not matched:
                     steps += _arithmetic(plan, packet, extension, decision)
             steps += self._choice(packet, keys)
         target = self._known.target(decision.target_id) if decision is not None and decision.target_id else None
         mark = self._written(kind, decision)
         steps += _outcome(plan, packet, kind, decision, target, mark, matched, self._is_known_session)
+        if target is not None and isinstance(daemon := self._known.written(target), UnixDaemon):
+            steps.append(Step("relay", f"There the relay takes the connection, for {daemon}."))
         if decision is not None:
             texts = _chains(packet, kind, decision, target, len(payloads), self._is_diverted(packet))
             steps += [Step("table", text) for text in texts]
@@ -466,10 +471,11 @@ class Explainer:
         skipped: list[str] = []
         for member in group.members:
             why = _absent(self._known.state(member.id), packet.protocol)
+            name = str(self._known.written(member.target))
             if why:
-                skipped.append(f"{member.target} ({why})")
+                skipped.append(f"{name} ({why})")
             else:
-                names.append(str(member.target))
+                names.append(name)
         how = {
             "first-alive": "The first one that is alive is chosen",
             "round-robin": "They take turns, in each worker by itself, so it may be any",
@@ -695,13 +701,20 @@ def _common(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(operator.truth, map(operator.eq, one, other)))
 
 
-def _routes(plan: ServicePlan, matched: Sequence[Route], near: Sequence[Near], looked_at_all: bool) -> Iterator[Step]:
+def _routes(
+    plan: ServicePlan,
+    matched: Sequence[Route],
+    near: Sequence[Near],
+    looked_at_all: bool,
+    written: Callable[[Target], UnixDaemon | Target],
+) -> Iterator[Step]:
     if not plan.probes:
         yield Step("route", "The service has no routes.")
         return
     if matched:
-        to = ", ".join(map(str, matched[0].targets)) or "nowhere: its target is not for use under this configuration"
-        yield Step("route", f"{route_shown(matched[0])} matches, to {to}.")
+        to = ", ".join(dict.fromkeys(str(written(target)) for target in matched[0].targets))
+        nowhere = "nowhere: its target is not for use under this configuration"
+        yield Step("route", f"{route_shown(matched[0])} matches, to {to or nowhere}.")
     else:
         yield Step("route", "No route matches.")
     for other in matched[1:]:

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from steerd.errors import SteerdError
+from steerd.errors import NoAnswerError, SteerdError
 from steerd.model import Reason
 
 _MAGIC = 0x33304453_54454552  # changes whenever the layout does
@@ -176,11 +176,11 @@ class Counters:
 
     @classmethod
     def open(cls, path: Path, *, write: bool = False) -> Counters:
-        """Map an existing file; raises SteerdError if there is none or it is of another layout."""
+        """Map an existing file; raises NoAnswerError if there is none, SteerdError if it is of another layout."""
         try:
             descriptor = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise SteerdError(f"{path} does not exist: is steerd running?") from None
+            raise NoAnswerError(f"{path} does not exist: is steerd running?") from None
         try:
             size = os.fstat(descriptor).st_size
             access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ

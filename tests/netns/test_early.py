@@ -208,7 +208,7 @@ def test_a_malformed_extension_counts_and_is_treated_like_none(lab: Gateway) -> 
             connection.connect((ENDPOINT4, 443))
     lab.wait(lambda: lab.count_events("decision") == 1, "the decision is logged")
     assert [e["reason"] for e in lab.events() if e["event"] == "decision"] == ["unextended_unmatched"]
-    status = lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.ctl status {lab.config}")
+    status = lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.ctl status --all {lab.config}")
     assert re.search(r"malformed_extension\s+│ 1 ", status)
     assert re.search(r"unextended_unmatched\s+│ 1 ", status)
 

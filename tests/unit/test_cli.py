@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from steerd import config as configuration
 from steerd import daemon, privileges
 from steerd.cli import ctl, main, probe
+from steerd.cli.ctl.status import HEIGHT, WIDTH
 from steerd.client import NotPermittedError
+from steerd.control.api.context import ConntrackUse, Machinery, WorkerStatus
+from steerd.control.registry import Registry
 from steerd.kernel import aliases, ruleset
 from steerd.kernel.nftables import Nftables
 from steerd.model import Reason
-from steerd.telemetry.counters import Counters, Extra
+from steerd.telemetry.counters import Counters, Extra, Gauge
+from tests.unit.test_api import Bare, serving
 
 GOOD = """
 [gateway]
@@ -165,7 +171,7 @@ def test_the_version(run: Run) -> None:
 
 def test_status_without_a_daemon(run: Run, good: str) -> None:
     counters = Path(good).parent / "run" / "counters"
-    assert run(ctl.main, "status", good) == (1, "", f"steerctl: {counters} does not exist: is steerd running?\n")
+    assert run(ctl.main, "status", good) == (3, "", f"steerctl: {counters} does not exist: is steerd running?\n")
 
 
 def test_status_with_a_bad_configuration(run: Run, bad: str) -> None:
@@ -179,13 +185,21 @@ def test_status_of_a_daemon_that_is_down_shows_what_was_counted_and_that_nobody_
     counters = Counters.create(Path(good).parent / "run" / "counters", 2)
     for slot in range(2):
         counters.slot(slot)[Reason.ROUTE] = 1000
-    status, out, err = run(ctl.main, "status", good)
+    status, out, err = run(ctl.main, "status", "--all", good)
     assert (status, err) == (3, "")
-    assert out.startswith(f"Nobody answers at {good[: -len('steerd.toml')]}run/api.sock: steerd does not run.")
+    assert out.startswith(f"Nobody answers at {good[: -len('steerd.toml')]}run/api.sock: is steerd running?")
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     assert ["route", "2,000"] in lines
     assert ["malformed_extension", "0"] in lines
     assert [line[0] for line in lines if line[1].startswith("nobody")] == ["21300", "21301"]
+    _, short, _ = run(ctl.main, "status", "--config", good)
+    assert re.search(r"^  route +2,000$", short, re.MULTILINE)
+    assert "0 of 2 bound" in short
+    status, out, err = run(ctl.main, "status", "--json", good)
+    assert (status, err) == (3, "")
+    found = json.loads(out)
+    assert (found["running"], found["file"], found["holds"]) == (False, good, None)
+    assert found["machine"]["decisions"]["route"] == 2000
 
 
 def test_the_legend_has_a_line_for_every_counter_and_nothing_is_cut_in_a_pipe(
@@ -197,12 +211,12 @@ def test_the_legend_has_a_line_for_every_counter_and_nothing_is_cut_in_a_pipe(
     counters = Counters.create(Path(good).parent / "run" / "counters", 2)
     for reason in Reason:
         counters.slot(0)[reason] = 5
-    _, plain, _ = run(ctl.main, "status", good)
+    _, plain, _ = run(ctl.main, "status", "--all", good)
     assert "meaning" not in plain
     _, out, _ = run(ctl.main, "status", good, "--legend")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     meanings = {row[0]: row[2] for row in rows if len(row) == 3}
-    named = {each.name.lower() for kind in (Reason, Extra) for each in kind} | set(in_table)
+    named = {each.name.lower() for kind in (Reason, Extra, Gauge) for each in kind} | set(in_table)
     assert meanings.keys() == named
     assert all(len(meaning) > 10 for meaning in meanings.values())
     assert meanings["route"] == "A route matched."
@@ -211,16 +225,49 @@ def test_the_legend_has_a_line_for_every_counter_and_nothing_is_cut_in_a_pipe(
     assert meanings["direct"] == "dropped: sent from outside straight to an alias"
 
 
-def test_status_of_a_daemon_that_answers(run: Run, good: str) -> None:
-    run_dir = Path(good).parent / "run"
-    run_dir.mkdir()
-    Counters.create(run_dir / "counters", 2)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(run_dir / "api.sock"))
-        listening.listen()
+class Busy(Bare):
+    """A machine on which everything was counted, and often."""
+
+    def status(self) -> Machinery:
+        counters = {f"a_long_counter_no_{index}": 10**10 + index for index in range(40)}
+        workers = [WorkerStatus(index, 21300 + index, index > 0, 4711, 10**6, 10**9, 10**9) for index in range(64)]
+        why = "a file with many mistakes " * 100
+        return Machinery(
+            "0.1.0", 4194304, 1.5, why, workers, counters, counters, counters, counters, ConntrackUse(10**7, 10**7)
+        )
+
+
+@pytest.mark.parametrize("machine", [Bare(), Busy()], ids=["idle", "busy"])
+def test_status_of_a_daemon_that_answers_fits_one_screen(run: Run, good: str, machine: Bare) -> None:
+    directory = Path(good).parent / "run"
+    directory.mkdir()
+    registry = Registry(str(Path(good).parent / "state"))
+    registry.publish(configuration.load(good))
+    with serving(registry, directory, machine=machine):
         status, out, err = run(ctl.main, "status", good)
+        _, whole, _ = run(ctl.main, "status", good, "--all")
+        _, as_json, _ = run(ctl.main, "status", good, "--json")
+    registry.close()
     assert (status, err) == (0, "")
-    assert "does not run" not in out
+    lines = out.splitlines()
+    assert len(lines) < HEIGHT
+    assert max(map(len, lines)) <= WIDTH
+    found = json.loads(as_json)
+    assert found["running"] is True
+    assert found["holds"]["services"] == 1
+    assert "1 services, 1 endpoints, 4 aliases, 0 routes, 0 leases, 0 in quarantine" in " ".join(out.split())
+    counted = machine.status()
+    if isinstance(machine, Busy):
+        assert "REFUSED: a file with many mistakes" in out
+        assert "63 of 64 bound (THE PACKETS OF THE OTHERS ARE DROPPED)" in out
+        # What is not shown is summed.
+        (total,) = re.findall(r"^decisions: ([0-9,]+)", out, re.MULTILINE)
+        start = lines.index("") + 2
+        shown = [line[:40].split()[-1] for line in lines[start : lines.index("", start)]]
+        sums = [int(text.replace(",", "")) for text in shown]
+        assert sum(sums) == int(total.replace(",", "")) == sum(counted.decisions.values())
+        assert len(sums) > 4
+    assert all(name in whole for name in counted.counters)
 
 
 @pytest.mark.parametrize(

@@ -528,6 +528,28 @@ def test_by_the_registry(run: Run, file: Path) -> None:
     assert (status, told["reason"]) == (1, "unmatched")
 
 
+def test_a_daemon_on_a_unix_socket(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "steerd.toml"
+    file.write_text(
+        f"""[gateway]
+state_dir = "{tmp_path}/state"
+run_dir = "{tmp_path}/run"
+relay = {{ pool = "relays" }}
+[pools.relays]
+prefixes = ["10.65.0.0/24", "fd00:65::/120"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp"]
+inspect = ["tls"]
+routes = [{{ when = {{ tls.sni = "a.example" }}, target = "unix:/run/a.sock" }}]
+"""
+    )
+    status, out, _ = run(main.main, "explain", str(file), "--to", "203.0.113.10:443", "--sni", "a.example")
+    assert status == 0
+    assert "tls.sni=a.example (services.web.routes[0]) matches, to unix:/run/a.sock." in out
+    assert "10.65.0.0:21300." in out
+    assert "There the relay takes the connection, for unix:/run/a.sock." in out
+
+
 def test_what_clients_say_is_fit_for_a_terminal(run: Run, file: Path) -> None:
     assert shown("a\x1b[2J\xff\\") == r"a\x1b[2J\xff\\"
     assert len(shown("x" * 10_000)) < 300

@@ -10,8 +10,24 @@ Modules are light, since a shell's completion imports all of them: what a comman
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from steerd.cli import common
-from steerd.cli.ctl import explain, flows, leases, log, probe, reload, routes, sessions, status, transfer
+from steerd.cli.ctl import (
+    explain,
+    flows,
+    leases,
+    log,
+    pools,
+    probe,
+    reload,
+    routes,
+    services,
+    sessions,
+    status,
+    targets,
+    transfer,
+)
 
 app = common.new_app(completes=True)
 
@@ -21,15 +37,24 @@ def _options(_version: common.Version = False) -> None:
     """Looks at a running steerd, and changes what it does."""
 
 
-app.command()(status.status)
-app.command()(reload.reload)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    status.status,
+    services.services,
+    services.endpoints,
+    pools.pools,
+    pools.aliases,
+    targets.targets,
+    explain.explain,
+    probe.probe,
+    reload.reload,
+)
+for command in COMMANDS:
+    app.command()(command)
 for noun in (routes, leases, sessions):
     app.add_typer(noun.app, name=noun.NAME)
     app.add_typer(noun.app, name=noun.PLURAL, hidden=True)
 app.add_typer(flows.app, name="flows")
 app.add_typer(log.app, name="log")
-app.command()(explain.explain)
-app.command()(probe.probe)
 app.command("export")(transfer.export_registry)
 app.command("import")(transfer.import_registry)
 

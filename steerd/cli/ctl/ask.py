@@ -42,15 +42,19 @@ def request(
     return client.request(run_dir(config), method, *path, query=query, body=body, timeout=timeout)
 
 
-def pages(config: Path, what: str, *path: str) -> list[dict[str, Any]]:
-    """All of a list that the API gives in pages."""
-    found: list[dict[str, Any]] = []
-    after: str | None = ""
-    where = run_dir(config)
+def pages(
+    config: Path, what: str, *path: str, query: dict[str, str] | None = None, at_most: int | None = None
+) -> list[dict[str, Any]]:
+    """A list that the API gives in pages; only its beginning, if `at_most` says so."""
     from steerd.control import client
 
-    while after is not None:
-        page = client.request(where, "GET", *path, query={"after": after})
+    found: list[dict[str, Any]] = []
+    where = run_dir(config)
+    position: dict[str, str] = {}
+    while at_most is None or len(found) < at_most:
+        page = client.request(where, "GET", *path, query=(query or {}) | position)
         found += page[what]
-        after = page["next"]
-    return found
+        if page.get("next") is None:
+            break
+        position = {"after": str(page["next"])}
+    return found[:at_most]

@@ -13,27 +13,27 @@ _SECONDS = 0.5
 
 def leases(context: typer.Context, incomplete: str) -> list[str]:
     """Names of leases that begin so."""
-    return _names(context, incomplete, "leases", "leases")
+    return _names(context, incomplete, "leases", {"after": incomplete})
 
 
 def services(context: typer.Context, incomplete: str) -> list[str]:
     """Names of services that begin so."""
-    return _names(context, incomplete, "services", "services")
+    return _names(context, incomplete, "services", {"after": incomplete})
 
 
 def pools(context: typer.Context, incomplete: str) -> list[str]:
     """Names of pools that begin so."""
-    return _names(context, incomplete, "pools", "pools")
+    return _names(context, incomplete, "pools", {})
 
 
-def _names(context: typer.Context, incomplete: str, what: str, *path: str) -> list[str]:
+def _names(context: typer.Context, incomplete: str, what: str, query: dict[str, str]) -> list[str]:
     from steerd.cli.ctl import ask
     from steerd.control import client
     from steerd.errors import SteerdError
 
     try:
         run_dir = ask.run_dir(Path(context.params.get("config") or paths.CONFIG))
-        page = client.request(run_dir, "GET", *path, query={"after": incomplete}, timeout=_SECONDS)
+        page = client.request(run_dir, "GET", what, query=query, timeout=_SECONDS)
         return [each["name"] for each in page[what] if each["name"].startswith(incomplete)]
     except (SteerdError, KeyError, TypeError):
         return []

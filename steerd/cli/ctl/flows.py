@@ -13,14 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from steerd.cli.common import UsageError, new_app
-from steerd.cli.ctl import ask, complete, show
+from steerd.cli.ctl import ask, complete, given, show
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 
 app = new_app(
     "Flows: the connections, and flows of datagrams, that were steered, as the kernel's conntrack knows them."
 )
 
-_SHOWN = 1000
 _KILL_SECONDS = 600.0
 
 Client = Annotated[str | None, typer.Option(help="Only of this address or prefix.", metavar="PREFIX")]
@@ -36,9 +35,7 @@ def list_flows(
     service: Service = None,
     target: Target = None,
     lease: Lease = None,
-    limit: Annotated[
-        int | None, typer.Option(help=f"At most so many. Default: {_SHOWN} in a table, all with --json.", min=1)
-    ] = None,
+    limit: given.Limit = None,
     over: Annotated[
         bool, typer.Option("--over", help="Also those that are closed, which the kernel keeps for a while.")
     ] = False,
@@ -62,12 +59,10 @@ def list_flows(
             sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
         return
-    at_most = limit or _SHOWN
+    at_most = limit or show.SHOWN
     found = [json.loads(line) for line in islice(_lines(config, chosen | {"limit": str(at_most + 1)}), at_most + 1)]
     columns = ("", "client", "endpoint", "target", "service", "lease", "key", "state", "age", "idle end")
-    show.listed(found[:at_most], False, f"flows: {len(found[:at_most]):,}", columns, _row)
-    if len(found) > at_most:
-        typer.echo("There are more; see --limit.")
+    show.table(show.List("flows", columns, _row), found[:at_most], is_all=len(found) <= at_most)
 
 
 @app.command("kill")

@@ -8,6 +8,7 @@ import typer
 
 from steerd.cli.common import UsageError
 from steerd.cli.ctl import complete
+from steerd.cli.ctl.show import SHOWN
 
 Service = Annotated[str, typer.Argument(help="Name of the service.", autocompletion=complete.services)]
 Targets = Annotated[
@@ -25,6 +26,9 @@ Source = Annotated[str | None, typer.Option(help="Only clients of this prefix.",
 External = Annotated[bool, typer.Option("--external", help="The targets are in no pool.")]
 ProxyProtocol = Annotated[
     bool, typer.Option("--proxy-protocol", help="For unix:/path: tell the daemon who the client is (version 2).")
+]
+Limit = Annotated[
+    int | None, typer.Option(help=f"At most so many. Default: {SHOWN} in a table, all with --json.", min=1)
 ]
 Ttl = Annotated[str | None, typer.Option(help="When it ends unless renewed: 90s, 15m, 12h, 7d.", metavar="TIME")]
 

@@ -17,10 +17,10 @@ Name = Annotated[str, typer.Argument(help="Whose lease it is.", autocompletion=c
 
 
 @app.command("list")
-def list_leases(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+def list_leases(limit: given.Limit = None, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """All leases."""
-    columns = ("name", "pool", "addresses", "ends", "route", "state")
-    show.listed(ask.pages(config, "leases", "leases"), as_json, "leases", columns, _row)
+    looks = show.List("leases", ("name", "pool", "addresses", "ends", "route", "state"), _row)
+    show.listed(looks, config, limit, as_json, "leases", "leases")
 
 
 @app.command("add")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from steerd.cli.common import new_app
-from steerd.cli.ctl import ask, given, show
+from steerd.cli.ctl import ask, complete, given, show
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 from steerd.model import Policy
 
@@ -17,10 +17,18 @@ app = new_app("Routes: those of the configuration, and others that come and go."
 
 
 @app.command("list")
-def list_routes(service: given.Service, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """All routes of a service, and where each comes from."""
-    found = ask.pages(config, "routes", "services", service, "routes")
-    show.listed(found, as_json, f"routes of {service}", ("when", "source", "target", "from", "state"), _row)
+def list_routes(
+    service: Annotated[
+        str | None, typer.Argument(help="Only of this service.", autocompletion=complete.services)
+    ] = None,
+    limit: given.Limit = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Routes, and where each comes from."""
+    looks = show.List("routes", ("service", "when", "source", "target", "from", "state"), _row)
+    path = ("routes",) if service is None else ("services", service, "routes")
+    show.listed(looks, config, limit, as_json, "routes", *path)
 
 
 @app.command("add")
@@ -75,4 +83,4 @@ def _row(route: dict[str, Any]) -> tuple[str, ...]:
     targets = ", ".join(route["targets"])
     if route["choose"]:
         targets += f" ({route['choose']}{' of ' + route['hash'] if route['hash'] else ''})"
-    return show.conditions(route), route["source"] or "", targets, origin, state
+    return route["service"], show.conditions(route), route["source"] or "", targets, origin, state

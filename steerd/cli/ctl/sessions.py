@@ -17,10 +17,12 @@ SessionId = Annotated[str, typer.Argument(help="What clients say.", metavar="ID"
 
 
 @app.command("list")
-def list_sessions(service: given.Service, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+def list_sessions(
+    service: given.Service, limit: given.Limit = None, config: Config = DEFAULT_CONFIG, as_json: Json = False
+) -> None:
     """All sessions of a service, those of the configuration and those that were added."""
-    found = ask.pages(config, "sessions", "services", service, "sessions")
-    show.listed(found, as_json, f"sessions of {service}", ("id", "target", "source", "from", "state"), _row)
+    looks = show.List(f"sessions of {service}", ("id", "target", "source", "from", "state"), _row)
+    show.listed(looks, config, limit, as_json, "sessions", "services", service, "sessions")
 
 
 @app.command("add")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNBOUNDED = 10_000
+SHOWN = 1000
+"""Rows of a table, unless --limit says otherwise."""
 
 
 def said(value: object, text: str, as_json: bool) -> None:
@@ -21,24 +24,45 @@ def said(value: object, text: str, as_json: bool) -> None:
     typer.echo(json.dumps(value) if as_json else text)
 
 
+class List(NamedTuple):
+    """What a list looks like as a table."""
+
+    title: str
+    columns: tuple[str, ...]
+    row: Callable[[dict[str, Any]], tuple[str, ...]]
+
+
 def listed(
-    found: list[dict[str, Any]],
+    looks: List,
+    config: Path,
+    limit: int | None,
     as_json: bool,
-    title: str,
-    columns: Iterable[str],
-    row: Callable[[dict[str, Any]], Iterable[str]],
+    what: str,
+    *path: str,
+    query: dict[str, str] | None = None,
 ) -> None:
-    """A list: as a JSON array, or as a table."""
+    """A list of the API: as a JSON array, or as a table, of which not more is shown than somebody may want to read."""
+    from steerd.cli.ctl import ask
+
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(ask.pages(config, what, *path, query=query, at_most=limit)))
         return
+    at_most = limit or SHOWN
+    found = ask.pages(config, what, *path, query=query, at_most=at_most + 1)
+    table(looks, found[:at_most], is_all=len(found) <= at_most)
+
+
+def table(looks: List, found: list[dict[str, Any]], *, is_all: bool) -> None:
+    """A table, and whether it is all."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title)
+    made = Table(*looks.columns, title=looks.title)
     for each in found:
-        table.add_row(*(Text(text, overflow="fold") for text in row(each)))
-    console().print(table)
+        made.add_row(*(Text(text, overflow="fold") for text in looks.row(each)))
+    console().print(made)
+    if not is_all:
+        typer.echo("There are more; see --limit.")
 
 
 def console() -> Console:
@@ -51,6 +75,11 @@ def console() -> Console:
 def moment(seconds: float | None) -> str:
     """A time (seconds since the epoch) in local time, or `never`."""
     return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def age(moment: float) -> float:
+    """Seconds since then."""
+    return max(0.0, time.time() - moment)
 
 
 def duration(seconds: float) -> str:
