@@ -138,6 +138,12 @@ def test_flows_are_shown_and_those_that_are_meant_are_ended(lab: Gateway) -> Non
         assert len(flows(lab, "--target", "10.64.0.2")) == 4
         assert len(flows(lab, "--target", "[fd00:64::2]:9000")) == 2
         assert "a.example" in steerctl(lab, "--service", "late")
+        command = [sys.executable, "-m", "steerd.cli.ctl", "top", "--once", "--json", "--interval", "0.1"]
+        top = json.loads(lab.host.sh(f"cd {ROOT}; {' '.join(command)} --config {lab.config}"))
+        counts = {(1, 8080): 2, (2, 8080): 2, (1, 9000): 1, (2, 9000): 2}
+        hosts = ("10.64.0.{}", "[fd00:64::{}]")
+        expected = {f"{host.format(n)}:{port}": count for (n, port), count in counts.items() for host in hosts}
+        assert {each["target"]: each["flows"] for each in top["targets"]} == expected
 
         assert "Say which flows" in steerctl(lab, "kill", "--yes", status=2)
         assert steerctl(lab, "kill", "--target", "10.64.0.1", "--yes") == "3 flows ended\n"

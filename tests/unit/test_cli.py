@@ -16,7 +16,7 @@ import pytest
 from steerd import config as configuration
 from steerd import daemon, privileges
 from steerd.cli import ctl, main, probe
-from steerd.cli.ctl.status import HEIGHT, WIDTH
+from steerd.cli.ctl.show import HEIGHT, WIDTH
 from steerd.client import NotPermittedError
 from steerd.control.api.context import ConntrackUse, Machinery, WorkerStatus
 from steerd.control.registry import Registry

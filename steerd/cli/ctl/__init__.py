@@ -26,6 +26,7 @@ from steerd.cli.ctl import (
     sessions,
     status,
     targets,
+    top,
     transfer,
 )
 
@@ -39,6 +40,7 @@ def _options(_version: common.Version = False) -> None:
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     status.status,
+    top.top,
     services.services,
     services.endpoints,
     pools.pools,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNBOUNDED = 10_000
+WIDTH, HEIGHT = 80, 24
+"""The screen that what is called one screen fits into, with the line of the command."""
 SHOWN = 1000
 """Rows of a table, unless --limit says otherwise."""
 
@@ -63,6 +66,12 @@ def table(looks: List, found: list[dict[str, Any]], *, is_all: bool) -> None:
     console().print(made)
     if not is_all:
         typer.echo("There are more; see --limit.")
+
+
+def beside(left: list[str], right: list[str]) -> list[str]:
+    """Two columns of lines."""
+    both = itertools.zip_longest(left, right, fillvalue="")
+    return [f"{one:<{WIDTH // 2}}{other}".rstrip() for one, other in both]
 
 
 def console() -> Console:

@@ -7,7 +7,6 @@ behind: counters in run_dir, the kernel's table and queues.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import textwrap
@@ -20,9 +19,6 @@ from steerd.cli.common import Exit, meanings
 from steerd.cli.ctl import ask, show
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 from steerd.errors import KernelError, NoAnswerError
-
-WIDTH, HEIGHT = 80, 24
-"""A terminal that the short form fits into, with the line of the command."""
 
 _SECONDS = 10.0
 _MOST = 8
@@ -113,7 +109,7 @@ def _left_behind(file: Path) -> dict[str, Any]:
 
 
 def in_short(state: dict[str, Any], is_running: bool) -> list[str]:
-    """Lines that fit WIDTH and HEIGHT, whatever was counted."""
+    """Lines that fit one screen, whatever was counted."""
     machine, holds = state["machine"], state["holds"]
     lines = []
     if is_running:
@@ -134,10 +130,10 @@ def in_short(state: dict[str, Any], is_running: bool) -> list[str]:
         lines += _labelled("conntrack", f"{use['entries']:,} of {use['limit']:,} entries{share}", most=1)
     decisions, kernel = machine["decisions"], machine["kernel"]
     rest = {**machine["counters"], **machine["gauges"]}
-    room = (HEIGHT - 1) - len(lines) - 4
+    room = (show.HEIGHT - 1) - len(lines) - 4
     upper = min(_MOST, room - 3)
     lines += [""]
-    lines += _beside(
+    lines += show.beside(
         _largest(f"decisions: {sum(decisions.values()):,}", decisions, upper),
         ["table: not readable"] if kernel is None else _largest("table inet steerd, packets", kernel, upper),
     )
@@ -149,7 +145,7 @@ def in_short(state: dict[str, Any], is_running: bool) -> list[str]:
 def _labelled(label: str, text: str, most: int) -> list[str]:
     indent = " " * _LABEL
     return textwrap.wrap(
-        " ".join(text.split()), WIDTH, initial_indent=f"{label:<{_LABEL}}", subsequent_indent=indent,
+        " ".join(text.split()), show.WIDTH, initial_indent=f"{label:<{_LABEL}}", subsequent_indent=indent,
         max_lines=most, placeholder=" ...",
     )  # fmt: skip
 
@@ -172,11 +168,6 @@ def _largest(title: str, counts: dict[str, int], most: int) -> list[str]:
         found, others = found[: most - 1], found[most - 1 :]
         found.append((f"{len(others)} others", sum(count for _, count in others)))
     return [title, *(f"  {name:<21} {count:>15,}" for name, count in found)]
-
-
-def _beside(left: list[str], right: list[str]) -> list[str]:
-    both = itertools.zip_longest(left, right, fillvalue="")
-    return [f"{one:<{WIDTH // 2}}{other}".rstrip() for one, other in both]
 
 
 # ---- all ----
