@@ -214,7 +214,7 @@ def test_who_does_not_read_stops_the_other_one(
 ) -> None:
     behind = Behind(stack, f"{tmp_path}/a")
     relay.listen(behind.line())
-    pairs = [behind.pair() for _ in range(20)]
+    pairs = [behind.pair() for _ in range(8)]
     resident = relay.resident()
     sent = []
     for client, daemon in pairs:
