@@ -6,6 +6,7 @@ Every finding is a Problem: the dotted key that is affected, and what was found,
 from __future__ import annotations
 
 import contextlib
+import grp
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,7 +34,22 @@ def check(config: Config) -> list[Problem]:
         *_sysctls(config),
         *_wildcard_listeners(config),
         *_own_listeners(config),
+        *_groups(config),
     ]
+
+
+def _groups(config: Config) -> Iterator[Problem]:
+    name = config.gateway.api.read_only_group
+    if name is None:
+        return
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        yield Problem(
+            "gateway.api.read_only_group",
+            f"There is no group {name} on this machine, and without it no read-only socket; add it (groupadd --system"
+            f" {name}), and the monitors to it.",
+        )
 
 
 def _numbered(service: Service) -> Iterator[tuple[str, Endpoint]]:

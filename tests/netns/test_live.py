@@ -123,6 +123,14 @@ def test_an_endpoint_that_is_not_here(machine: Machine) -> None:
     assert keys == ["services.web.endpoints[0]", "services.web.endpoints[2]"]
 
 
+def test_a_group_that_is_not_here(machine: Machine) -> None:
+    machine.config.write_text(CONFIG.replace("[gateway]", '[gateway]\napi = { read_only_group = "no-such-group" }'))
+    assert machine.only_finding() == (
+        "gateway.api.read_only_group: There is no group no-such-group on this machine, and without it no read-only"
+        " socket; add it (groupadd --system no-such-group), and the monitors to it."
+    )
+
+
 def test_a_local_route_makes_an_endpoint_local(machine: Machine) -> None:
     machine.host.sh("ip addr del 203.0.113.10/32 dev lo; ip route add local 203.0.113.0/24 dev lo")
     machine.host.sh("ip -6 addr del 2001:db8::10/128 dev lo; ip -6 route add local 2001:db8::/64 dev lo")

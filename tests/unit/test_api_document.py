@@ -83,3 +83,17 @@ def test_an_operation_is_whole(operation: AnyOperation) -> None:
     )
     assert get_args(request) == (operation.parameters, operation.query, operation.body)
     assert len(inspect.signature(operation.handle).parameters) == 2
+
+
+@pytest.mark.parametrize("operation", [each for each in OPERATIONS if each.method == "GET"], ids=lambda each: each.name)
+def test_head_is_get_without_the_body(api: Served, operation: AnyOperation) -> None:
+    url = operation.path.replace("{", "").replace("}", "")
+    with api.connection() as connection:
+        statuses = []
+        for method in ("HEAD", "GET"):  # over one connection: a body that nobody expects would be taken for an answer
+            connection.request(method, url)
+            answer = connection.getresponse()
+            body = answer.read()
+            statuses.append(answer.status)
+            assert method == "GET" or body == b""
+        assert statuses[0] == statuses[1]

@@ -17,7 +17,7 @@ from steerd.cli import ctl
 from steerd.control import client, transfer
 from steerd.control.api import server as api_module
 from steerd.control.registry import Registry
-from steerd.errors import SteerdError
+from steerd.errors import RegistryError, SteerdError
 from tests.unit.test_api import Served, serving
 from tests.unit.test_leases import Kernel
 
@@ -144,6 +144,13 @@ def test_an_export_that_breaks_off_is_told_from_a_whole_one(api: Served, monkeyp
     with pytest.raises(SteerdError, match="gave no answer that can be understood"):
         list(client.download(str(api.run_dir), "export"))
     assert "the disk is gone" in api.faults.pop()
+
+    def refused(_registry: Registry) -> Iterator[bytes]:
+        raise RegistryError("the disk is gone")
+        yield b""
+
+    monkeypatch.setattr(transfer, "export", refused)
+    assert api.ask("GET", "/v1/export") == (503, {"code": "registry", "field": None, "message": "the disk is gone"})
 
 
 def test_steerctl(api: Served, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ its answer after _ANSWER_SECONDS. What is no HTTP is answered as every error is,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import cast
 
 import msgspec
@@ -15,6 +14,7 @@ from aiohttp import web
 
 from steerd.control.api.operation import CODES, Problem
 from steerd.control.api.peers import Door, Peer, peer_of
+from steerd.control.api.seldom import Seldom
 
 _IDLE_SECONDS = 30.0
 _ANSWER_SECONDS = 30.0
@@ -25,9 +25,9 @@ _LINGERING_SECONDS = 2.0
 class Connection(web.RequestHandler):
     """One connection. `peer` is known as soon as it is made."""
 
-    __slots__ = ("_is_counted", "_on_fault", "door", "peer")
+    __slots__ = ("_is_counted", "_say_fault", "door", "peer")
 
-    def __init__(self, server: web.Server, door: Door, on_fault: Callable[[str], None]) -> None:
+    def __init__(self, server: web.Server, door: Door, say_fault: Seldom) -> None:
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
@@ -39,7 +39,7 @@ class Connection(web.RequestHandler):
         )
         self.door = door
         self.peer = Peer(0, -1, frozenset())
-        self._on_fault = on_fault
+        self._say_fault = say_fault
         self._is_counted = False
 
     @property
@@ -81,7 +81,7 @@ class Connection(web.RequestHandler):
         if isinstance(exc, ConnectionError) or request.writer.output_size:
             raise ConnectionError("the client is gone, or has the beginning of another answer") from exc
         if status >= 500:
-            self._on_fault(f"{exc!r}")
+            self._say_fault(repr(exc), repr(exc))
             return problem("fault", None, "This is a fault of steerd; its log says more.", closing=True)
         return problem("invalid", None, "This is no HTTP request that can be read.", closing=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 from typing import Annotated
@@ -57,7 +57,7 @@ def list_flows(context: Context, request: Request[Nothing, FlowQuery, Nothing]) 
     return Answer(200, _lines(context, chooser, query.limit))
 
 
-def _lines(context: Context, chooser: Chooser, limit: int | None) -> Iterator[bytes]:
+def _lines(context: Context, chooser: Chooser, limit: int | None) -> Generator[bytes, None, None]:
     with closing(context.machine.entries(chooser.only_target)) as entries:
         named = ((entry, chooser.service_of(entry)) for entry in entries)
         chosen = ((entry, service) for entry, service in named if service is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -73,8 +73,8 @@ class Answer(NamedTuple):
     """What is answered: one of the operation's statuses, and what belongs to it."""
 
     status: int
-    value: Struct | Iterator[bytes] | None
-    """As JSON; an iterator (perhaps a generator) as JSON lines, some at a time; None: nothing."""
+    value: Struct | Generator[bytes, None, None] | None
+    """As JSON; a generator as JSON lines, some at a time; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ import errno
 import os
 import socket
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+from steerd.control.api.seldom import Seldom
 
 MAX_CONNECTIONS = 256
 """To one socket."""
@@ -25,8 +26,6 @@ MAX_CONNECTIONS_OF_USER = 64
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; Python does not name it
 _CREDENTIALS = struct.Struct("=iII")
 _MOST_BYTES = 1024  # Python's getsockopt gives no more: 256 groups
-_SAY_AGAIN_SECONDS = 60.0
-_MOST_REMEMBERED = 1024
 
 
 class Peer(NamedTuple):
@@ -62,11 +61,9 @@ class Door:
         self._name = name
         self._groups = frozenset(groups)
         self._whom = whom
-        self._on_refused = on_refused
+        self._say = Seldom(on_refused)
         self._own_user = os.geteuid()
         self._inside: Counter[int] = Counter()
-        self._last_said: dict[int, float] = {}
-        self._unsaid: Counter[int] = Counter()
 
     def may_enter(self, peer: Peer) -> bool:
         """Whether this peer may use the socket."""
@@ -79,11 +76,11 @@ class Door:
     def enter(self, peer: Peer) -> bool:
         """Count a new connection; False if there are too many. Each that was counted ends with `leave`."""
         if self._inside.total() >= MAX_CONNECTIONS or self._inside[peer.uid] >= MAX_CONNECTIONS_OF_USER:
-            self._say(peer, "has, or all together have, too many connections")
+            self._tell(peer, "has, or all together have, too many connections")
             return False
         self._inside[peer.uid] += 1
         if not self.may_enter(peer):
-            self._say(peer, f"was refused: it is for {self._whom}")
+            self._tell(peer, f"was refused: it is for {self._whom}")
         return True
 
     def leave(self, peer: Peer) -> None:
@@ -92,14 +89,5 @@ class Door:
         if not self._inside[peer.uid]:
             del self._inside[peer.uid]
 
-    def _say(self, peer: Peer, what: str) -> None:
-        now = time.monotonic()
-        if now - self._last_said.get(peer.uid, -_SAY_AGAIN_SECONDS) < _SAY_AGAIN_SECONDS:
-            self._unsaid[peer.uid] += 1
-            return
-        if len(self._last_said) >= _MOST_REMEMBERED:
-            self._last_said.clear()
-        self._last_said[peer.uid] = now
-        before = self._unsaid.pop(peer.uid, 0)
-        often = f" ({before} times more since the last time this was said)" if before else ""
-        self._on_refused(f"{self._name}: the user {peer.uid} (process {peer.pid}) {what}{often}")
+    def _tell(self, peer: Peer, what: str) -> None:
+        self._say(peer.uid, f"{self._name}: the user {peer.uid} (process {peer.pid}) {what}")

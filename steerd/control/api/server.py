@@ -7,13 +7,14 @@ those that tell what may let somebody in: session ids, and the cookies and heade
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import inspect
 import os
 import re
 import socket
 import traceback
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,6 +28,7 @@ from steerd.control.api.connection import Connection, hang_up, problem
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Lines, Nothing, Request
 from steerd.control.api.peers import MAX_CONNECTIONS, Door
+from steerd.control.api.seldom import Seldom
 from steerd.control.api.table import OPERATIONS
 from steerd.control.client import read_only_socket_path, socket_path
 from steerd.control.sessions import RequestError
@@ -72,6 +74,7 @@ class Api:
         self.read_only_path = read_only_socket_path(run_dir)
         self._context = context
         self._on_fault = on_fault
+        self._say_fault = Seldom(on_fault)
         self._on_refused = on_refused
         self._read_only_group = read_only_group
         self._threads = ThreadPoolExecutor(_THREADS, "api")
@@ -132,7 +135,7 @@ class Api:
         assert server is not None, "the runner was set up"
         self._listening.append(
             await asyncio.get_running_loop().create_unix_server(
-                lambda: Connection(server, door, self._on_fault), sock=listener
+                lambda: Connection(server, door, self._say_fault), sock=listener
             )
         )
 
@@ -162,18 +165,24 @@ class Api:
             return await cast(Awaitable[Answer], operation.handle(self._context, request))
         return cast(Answer, await self._in_thread(operation.handle, self._context, request))
 
-    async def _streamed(self, http: web.Request, status: int, pieces: Iterator[bytes]) -> web.StreamResponse:
+    async def _streamed(
+        self, http: web.Request, status: int, pieces: Generator[bytes, None, None]
+    ) -> web.StreamResponse:
         response = web.StreamResponse(status=status, headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(http)
         try:
-            while (piece := await self._in_thread(next, pieces, None)) is not None:
+            # Before the answer begins: what goes wrong at once can be an answer of its own.
+            piece = await self._in_thread(next, pieces, None)
+            await response.prepare(http)
+            # aiohttp leaves the body of an answer to HEAD away, but not what is written piece by piece.
+            while piece is not None and http.method != "HEAD":
                 async with asyncio.timeout(_STREAM_SECONDS):
                     await response.write(piece)
+                piece = await self._in_thread(next, pieces, None)
         except TimeoutError:
             hang_up(http)
             raise ConnectionResetError("the client did not read on") from None
         finally:
-            if isinstance(pieces, Generator):
+            with contextlib.suppress(ValueError):  # cancelled: a thread is in it, and what it has ends with it
                 await self._in_thread(pieces.close)
         await response.write_eof()
         return response
@@ -210,8 +219,9 @@ class Api:
             return problem("too_slow", None, f"The body took longer than {_BODY_SECONDS:g} s.", closing=True)
         except ConnectionError:
             raise  # the client is gone: nobody is there to be told
-        except Exception:
-            self._on_fault(traceback.format_exc())
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self._say_fault((where.filename, where.lineno), traceback.format_exc())
             return problem("fault", None, "This is a fault of steerd; its log says more.")
 
 
