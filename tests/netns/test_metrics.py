@@ -6,7 +6,9 @@ Topology: tests/netns/gateway.py.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
+import json
 import os
 import random
 import signal
@@ -308,6 +310,32 @@ def test_the_access_log_is_switched_while_it_runs_and_names_the_route(lab: Gatew
         lab.daemon.send_signal(signal.SIGHUP)
         lab.wait(lambda: lab.count_events("reloaded") > reloads, "the daemon has reloaded")  # noqa: B023
         assert switch() == f"level: info\ndecisions: {expected}\n"
+
+
+def test_a_reader_of_the_log_that_is_stuck_holds_up_no_connection(lab: Gateway) -> None:
+    lab.configure(CONFIG, "access_log = 1")
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    with os.fdopen(reader) as log:
+        lab.daemon = subprocess.Popen(
+            lab.host.command(sys.executable, "-m", "steerd.cli.main", "run", str(lab.config)), stderr=writer, cwd=ROOT
+        )
+        os.close(writer)
+        while json.loads(log.readline())["event"] != "ready":
+            pass
+        lab.respond(("10.64.0.0", 16, 8080), ("fd00:64::", 16, 8080))
+        for version, number in itertools.product((4, 6), range(1, 16)):
+            assert lab.ask(Extension(number, 0), 443, version=version)
+        said = [json.loads(log.readline()) for _ in range(3)]
+        assert {event["event"] for event in said} == {"decision"}
+        # Each worker says how many of its lines were lost, with its next one.
+        for version, number in itertools.product((4, 6), range(1, 8)):
+            assert lab.ask(Extension(number, 0), 443, version=version)
+        lab.daemon.send_signal(signal.SIGTERM)
+        events = [json.loads(line) for line in log]
+        assert lab.daemon.wait(60) == 0
+    assert any(event["event"] == "log lines were lost" and event["lines"] > 0 for event in events)
+    lab.daemon = None
 
 
 # ---- what is shipped ----
