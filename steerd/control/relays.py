@@ -17,6 +17,7 @@ they refuse (`Standing`), and are to be put again. The old aliases stand for nob
 from __future__ import annotations
 
 import ipaddress
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -62,6 +63,7 @@ class RelayTable:
         self._effects = effects
         self._relays = store.relays
         self._relayed = store.relayed
+        self._telling = threading.Lock()
         self._is_taken: Callable[[lmdb.Transaction[bytes], bytes], bool] = lambda _txn, _address: False
         # What follows changes under the store's lock.
         self._config: Config | None = None
@@ -111,8 +113,8 @@ class RelayTable:
             seats = self.seats()
             found = {name: seats.place(name, pool) for name in names if self.place(name, pool) is None}
             self._reserve({name: addresses for name, addresses in found.items() if addresses is not None})
-        if found:
-            self.listen(config)
+        # Also for those that have a seat already: the relay may not have been told, or not have done it.
+        self.listen(config)
 
     def reserve(self, config: Config) -> None:
         """The same for a configuration that is about to be put in force."""
@@ -122,10 +124,12 @@ class RelayTable:
 
     def listen(self, config: Config) -> None:
         """Have the relay listen where it must under a configuration. Raises what `Effects` raise."""
-        if config.gateway.relay is None:
-            self._effects.listen({}, 0)
-        else:
-            self._effects.listen(self.places(), config.gateway.relay.port)
+        # What is told last must be what was looked up last.
+        with self._telling:
+            if config.gateway.relay is None:
+                self._effects.listen({}, 0)
+            else:
+                self._effects.listen(self.places(), config.gateway.relay.port)
 
     def _reserve(self, given: Places) -> None:
         with self._store.writing() as txn:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,6 +218,7 @@ def test_dynamic_routes_lead_there_once_the_relay_listens(lab: Lab) -> None:
     assert lab.shown() == {"a": (["unix:/a"], True)}
     lab.relay.refuses = False
     lab.put("b", "unix:/b")
+    assert lab.relay.places.keys() == {"unix:/a", "unix:/b"}
     lab.put("c", {"address": "unix-fd:@c"})
     assert lab.relay.places == {"unix:/a": addresses(0), "unix:/b": addresses(1), "unix-fd:@c": addresses(2)}
     expected = {"a": (["unix:/a"], True), "b": (["unix:/b"], True), "c": (["unix-fd:@c"], True)}
@@ -229,6 +232,26 @@ def test_dynamic_routes_lead_there_once_the_relay_listens(lab: Lab) -> None:
     lab.registry.routes.remove("web", {"http.host": "b"}, None)
     lab.publish(text())
     assert lab.relay.places.keys() == {"unix-fd:@c"}
+
+
+def test_routes_that_are_added_at_the_same_time_are_both_listened_for(lab: Lab) -> None:
+    lab.publish(text())
+    told = lab.relay.listen
+    begun = threading.Event()
+
+    def slowly(places: relays.Places, port: int) -> None:
+        is_first = not begun.is_set()
+        begun.set()
+        time.sleep(0.2 if is_first else 0)
+        told(places, port)
+
+    lab.relay.listen = slowly  # type: ignore[method-assign]
+    first = threading.Thread(target=lab.put, args=("b", "unix:/b"))
+    first.start()
+    assert begun.wait(10)
+    lab.put("c", "unix:/c")
+    first.join()
+    assert lab.relay.places.keys() == {"unix:/b", "unix:/c"}
 
 
 def test_what_is_refused(lab: Lab) -> None:
