@@ -17,7 +17,7 @@ import ipaddress
 import signal
 import threading
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -213,16 +213,21 @@ class Waker:
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             starter = action.starter
-            work = self._start(starter) if isinstance(action, Start) else self._stop(starter)
-            task = self._loop.create_task(self._after(self._jobs.get(starter), work))
+            work = self._start if isinstance(action, Start) else self._stop
+            task = self._loop.create_task(self._after(self._jobs.get(starter), work, starter))
             self._jobs[starter] = task
             task.add_done_callback(partial(self._done, starter))
 
-    async def _after(self, former: asyncio.Task[None] | None, work: Coroutine[None, None, None]) -> None:
+    async def _after(
+        self,
+        former: asyncio.Task[None] | None,
+        work: Callable[[Starter], Coroutine[None, None, None]],
+        starter: Starter,
+    ) -> None:
         """One thing after the other for each daemon."""
         if former is not None:
             await asyncio.wait([former])
-        await work
+        await work(starter)
 
     def _done(self, starter: Starter, task: asyncio.Task[None]) -> None:
         if self._jobs.get(starter) is task:
@@ -282,17 +287,17 @@ class Waker:
                     await units.stop(starter.unit)
                 except SteerdError as error:
                     self._log.warning("a daemon cannot be put to sleep yet", daemon=str(starter), why=str(error))
-                await asyncio.sleep(_STOP_AGAIN_SECONDS)
+                await self._wait_for_end(starter, _STOP_AGAIN_SECONDS)
         else:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 process = self._processes.get(starter)
                 if process is not None:
                     process.signal(number)
-                    await self._wait_for_end(starter)
+                    await self._wait_for_end(starter, _KILL_SECONDS)
 
-    async def _wait_for_end(self, starter: Starter) -> None:
-        until = self._loop.time() + _KILL_SECONDS
-        while starter in self._processes and self._loop.time() < until:
+    async def _wait_for_end(self, starter: Starter, seconds: float) -> None:
+        until = self._loop.time() + seconds
+        while starter in self._up and self._loop.time() < until:
             await asyncio.sleep(_TICK_SECONDS)
 
     def _ended(self, starter: Starter, status: int | None) -> None:
@@ -316,7 +321,7 @@ class Waker:
         awake = all(self._policy.daemons[starter].phase in (Phase.AWAKE, Phase.DROWSY) for starter in ours)
         if ours and now - self._asked_units >= (_UNITS_REST_SECONDS if awake else _UNITS_SECONDS):
             self._asked_units = now
-            self._alone("units", self._find_ended(ours))
+            self._alone("units", lambda: self._find_ended(ours))
 
     async def _find_ended(self, asked: Sequence[Starter]) -> None:
         states = await units.states([starter.unit for starter in asked])
@@ -331,7 +336,7 @@ class Waker:
         shortest = min(daemon.sleep_after or _MOST_IDLE_LOOK * 8 for daemon in self._policy.daemons.values())
         if now - self._looked_for_idle >= min(max(shortest / 8, _LEAST_IDLE_LOOK), _MOST_IDLE_LOOK):
             self._looked_for_idle = now
-            self._alone("idle", self._find_idle(idle))
+            self._alone("idle", lambda: self._find_idle(idle))
 
     async def _find_idle(self, idle: Sequence[Starter]) -> None:
         addresses = {each: self._policy.daemons[each].addresses for each in idle}
@@ -344,15 +349,14 @@ class Waker:
                 self._policy.is_busy(starter, now)
         self._show(now)
 
-    def _alone(self, name: str, work: Coroutine[None, None, None]) -> None:
+    def _alone(self, name: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
         """Begin something, unless it is still being done."""
         if name in self._looking:
-            work.close()
             return
 
         async def look() -> None:
             try:
-                await work
+                await work()
                 self._troubles.pop(name, None)
             except (SteerdError, OSError) as error:
                 if self._troubles.get(name) != str(error):

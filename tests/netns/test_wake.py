@@ -10,6 +10,7 @@ import os
 import pwd
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -22,8 +23,9 @@ import pytest
 from steerd.model import Extension, Reason
 from steerd.telemetry.counters import Counters
 from tests.netns import sleeper
-from tests.netns.gateway import ENDPOINT4, ENDPOINT6, Gateway, gateway
+from tests.netns.gateway import ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
+from tests.netns.test_privileges import with_account
 
 PORT = 8080
 NAMES = 16
@@ -40,9 +42,12 @@ class Sleepy:
         self.log.touch()
         self.log.chmod(0o666)
 
-    def configure(self, pool: str = "", limits: str = "", name: str = "{index}", gateway: str = "") -> None:
-        """`pool`, `limits`: more lines for [pools.tenants] and [wake]."""
+    def configure(
+        self, pool: str = "", limits: str = "", name: str = "{index}", gateway: str = "", wake: str | None = None
+    ) -> None:
+        """`pool`, `limits`, `gateway`: more lines for these tables. `wake`: as in the file, if not a command."""
         argv = ["/usr/bin/python3", "-I", "-S", sleeper.__file__, str(self.log), str(PORT), "{index}", name]
+        wake = f'{argv!r}\nuser = "nobody"' if wake is None else wake
         indices = [*range(NAMES), sleeper.SLOW, sleeper.DEAF]
         routes = {
             key: ",\n".join(
@@ -59,8 +64,7 @@ class Sleepy:
 
 [pools.tenants]
 prefixes = ["10.64.0.0/22", "fd00:64::/118"]
-wake = {argv!r}
-user = "nobody"
+wake = {wake}
 {pool}
 
 [services.early]
@@ -80,6 +84,15 @@ routes = [{routes["prefix"]}]
 """,
             gateway,
         )
+
+    def steerctl(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "steerd.cli.ctl", *arguments, "--config", str(self.lab.config)]
+        self.lab.host.sh(f"cd {ROOT}; {' '.join(command)}")
+
+    def lease(self, name: str, index: int) -> None:
+        """Give an alias to a name, with a route for the host hINDEX.example."""
+        route = ("--service", "late", "--key", f"http.host=h{index}.example", "--port", str(PORT))
+        self.steerctl("lease", "add", name, "--pool", "tenants", *route)
 
     def starts(self) -> list[list[str]]:
         """The lines of daemons that were started, in words: index, name, process, ..."""
@@ -226,3 +239,26 @@ def test_a_killed_steerd_starts_no_daemon_twice(sleepy: Sleepy) -> None:
     assert [each.result() for each in answers] == [named(sleeper.SLOW, v) for v in (4, 6)] * 2
     assert len(sleepy.starts()) == 1
     sleepy.lab.wait(lambda: not sleepy.running(), "what another process has started is put to sleep", 60)
+
+
+def test_an_alias_that_changes_hands_never_leads_to_the_former_daemon(sleepy: Sleepy) -> None:
+    """And all of it by a steerd that is not root."""
+    lab = sleepy.lab
+    sleepy.configure("quarantine = 0", name="{lease}")
+    lab.config.write_text(lab.config.read_text().replace('user = "root"\n', ""))
+    lab.directory.chmod(0o755)
+    lab.start(through=with_account(lab.directory))
+    assert sleepy.early(NAMES) == "reset", "an alias without a lease has nothing to start"
+
+    answers = []
+    for name in ("alice", "bob-e.x@y", "alice"):
+        sleepy.lease(name, NAMES)
+        answers += [sleepy.late(NAMES, version) for version in (4, 6)]
+        sleepy.steerctl("lease", "release", name)
+        assert sleepy.late(NAMES) == "reset", "there is no route any more"
+        assert sleepy.early(NAMES) == "reset", "the extension still leads there, and nobody listens"
+    assert answers == [named(NAMES, v, name) for name in ("alice", "bob-e.x@y", "alice") for v in (4, 6)]
+    assert [words[:2] for words in sleepy.starts()] == [[str(NAMES), name] for name in ("alice", "bob-e.x@y", "alice")]
+    for facts in sleepy.starts():
+        has_nothing_that_root_has(facts)
+    lab.wait(lambda: not sleepy.running(), "the last one has ended with its lease")

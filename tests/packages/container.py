@@ -19,10 +19,11 @@ from typing import IO
 
 from tests.netns.lab import Host, sh
 
-# What steerd's package depends on, python3-venv for an installation by pip, and what a test looks with.
+# What steerd's package depends on, python3-venv for an installation by pip, polkitd since units are woken by its leave,
+# and what a test looks with.
 PACKAGES = (
-    "systemd", "systemd-sysv", "dbus", "init-system-helpers", "python3", "python3-venv", "nftables", "iptables",
-    "iproute2", "procps", "libnetfilter-queue1", "libstdc++6",
+    "systemd", "systemd-sysv", "dbus", "init-system-helpers", "python3", "python3-venv", "polkitd", "nftables",
+    "iptables", "iproute2", "procps", "libnetfilter-queue1", "libstdc++6",
 )  # fmt: skip
 _BOOT_SECONDS = 60
 
@@ -50,6 +51,7 @@ class Container(Host):
         self.root = self._directory / "root"
         self.root.mkdir()
         sh(f"tar -C {self.root} -xf {base()} --exclude './dev/*'")
+        self.furnish()
         with (self._directory / "log").open("wb") as log:
             self._process = self._boot(log)
         try:
@@ -60,11 +62,16 @@ class Container(Host):
             self.close()
             raise
 
+    def furnish(self) -> None:
+        """To put into `root` what is to be there when it boots."""
+
     def _boot(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [
                 "systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot", "--console=pipe",
-                f"--machine={self._directory.name}", "--private-network", "--register=no", "--keep-unit",
+                # The name of a machine has no _, a temporary directory may have one.
+                f"--machine={self._directory.name.replace('_', 'x')}", "--private-network", "--register=no",
+                "--keep-unit",
                 # Nobody reads what is only logged.
                 "--link-journal=no",
             ],
