@@ -298,6 +298,7 @@ class Daemon:
         await self._api.start()
         if self._monitor is not None:
             await self._monitor.start()
+            self._log.info("metrics served", at=str(self._config.gateway.metrics.listen))
         ready = [asyncio.Event() for _ in range(self._config.gateway.workers)]
         tasks = [asyncio.create_task(self._keep_worker(index, ready[index])) for index in range(len(ready))]
         tasks += [asyncio.create_task(self._keep_table()), asyncio.create_task(self._keep_aliases())]

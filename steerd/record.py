@@ -9,7 +9,7 @@ a line is written.
 from __future__ import annotations
 
 import ipaddress
-import time
+from time import monotonic, monotonic_ns
 
 import structlog
 
@@ -52,11 +52,14 @@ class Record:
 
     def begin(self) -> None:
         """From now on time counts for the next decision."""
-        self._began = time.monotonic_ns()
+        self._began = monotonic_ns()
 
     def decision(self, packet: Packet, decision: Decision) -> None:
         """This was decided."""
-        nanoseconds = self._count(decision.service, decision.parser, decision.reason)
+        now = monotonic_ns()
+        # What time alone decides comes one behind the other, without a packet in between.
+        nanoseconds, self._began = now - self._began, now
+        self._meter.count(decision.service, decision.parser, decision.reason, nanoseconds)
         if decision.malformed:
             self._slot[Extra.MALFORMED_EXTENSION] += 1
         if self._shared[LOG_WORD] != self._switch:
@@ -94,14 +97,6 @@ class Record:
         if self._failures.refused and self._failures.has_room(now):
             self._log.info("failed decisions that were not logged", decisions=self._failures.forgive())
 
-    def _count(self, service: str, parser: str, reason: Reason) -> int:
-        now = time.monotonic_ns()
-        nanoseconds = now - self._began
-        # What time alone decides comes one behind the other, without a packet in between.
-        self._began = now
-        self._meter.count(service, parser, reason, nanoseconds)
-        return nanoseconds
-
     def _see_switch(self) -> None:
         self._switch = self._shared[LOG_WORD]
         switch = log_switch(self._switch)
@@ -109,13 +104,14 @@ class Record:
         self._access = self._until_logged = switch.access
 
     def _may_tell_failure(self) -> bool:
-        allowed = self._failures.take(time.monotonic())
+        allowed = self._failures.take(monotonic())
         if not allowed:
             self._slot[Extra.NOT_LOGGED] += 1
         return allowed
 
     def _fail(self, reason: Reason, raw: bytes, packet: Packet | None) -> None:
-        nanoseconds = self._count("", "", reason)
+        nanoseconds = monotonic_ns() - self._began
+        self._meter.count("", "", reason, nanoseconds)
         if self._may_tell_failure():
             self._log.info(
                 "decision",

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import structlog
@@ -46,8 +45,8 @@ registry.leases.add("tenant-1", "p", service="web", when=when, source=None, port
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Lab]]:
     """Makes the lab, with its access log. 1.5 ms pass between two looks at the clock, and never a second."""
     ticks = itertools.count(0, 1_500_000)
-    clock = SimpleNamespace(monotonic_ns=lambda: next(ticks), monotonic=lambda: 1000.0)
-    monkeypatch.setattr("steerd.record.time", clock)
+    monkeypatch.setattr("steerd.record.monotonic_ns", lambda: next(ticks))
+    monkeypatch.setattr("steerd.record.monotonic", lambda: 1000.0)
     labs: list[Lab] = []
 
     def make(access: int) -> Lab:
