@@ -692,6 +692,16 @@ class Daemon:
         """As control.api.Machine."""
         return self._states.get(target_id) if target_id <= self._states.highest_id else 0
 
+    def listening(self, targets: Sequence[Target]) -> list[list[int]]:
+        """As control.api.Machine."""
+        wildcard = set(self._config.wildcard)
+        asked = [listeners.Listener(to.address.packed, to.port, to in wildcard) for to in targets]
+        by_protocol = [(protocol, listeners.which_listen(protocol, asked)) for protocol in (TCP, UDP)]
+        return [
+            [protocol for protocol, listens in by_protocol if to.port and listens[place]]
+            for place, to in enumerate(targets)
+        ]
+
     async def reload(self) -> SteerdError | None:
         """Put the configuration file in force, as it is now. Returns None once it is in force; else why it is not, a
         ConfigError with every mistake, or what the kernel or the registry refused, and what was in force still is.

@@ -8,6 +8,7 @@ in a process of its own, on the aliases 1, 2 and 3.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -209,3 +210,48 @@ def test_a_dead_daemon_gets_nobody_new_within_a_second_and_a_hash_moves_its_clie
     for version in VERSIONS:
         answers = {lab.late("hash", version), lab.late("nobody", version), lab.early(1, version), lab.udp("x", version)}
         assert answers == {"refused"}
+
+
+def test_a_drained_daemon_gets_nobody_new_and_keeps_who_is_there_over_kill_and_reload(lab: Lab) -> None:
+    gateway = lab.gateway
+    standing = {version: lab.open("alone", version) for version in VERSIONS}
+    flows = {version: lab.flow(version) for version in VERSIONS}
+    assert {said(client, "first") for client in flows.values()} == {"1"}
+    for alias in ("10.64.0.1", "fd00:64::1"):
+        assert lab.steerctl("drain", alias)["connections"] >= 1
+
+    def is_drained() -> None:
+        for version in VERSIONS:
+            assert lab.late("alone", version) == "refused"
+            assert lab.late("first-alive", version) == lab.early(1, version) == lab.udp("first", version) == "2"
+            assert "1" not in {lab.late("round-robin", version) for _ in range(6)}
+            client, number = standing[version]
+            assert number == "1"
+            assert echoed(client)
+            assert said(flows[version], "still there?") == "1"
+
+    is_drained()
+    gateway.kill()
+    gateway.start()
+    is_drained()
+    loaded = gateway.count_events("reloaded")
+    gateway.config.write_text(gateway.config.read_text() + "\n# changed\n")
+    assert gateway.daemon is not None
+    gateway.daemon.send_signal(signal.SIGHUP)
+    gateway.wait(lambda: gateway.count_events("reloaded") > loaded, "the configuration is reloaded")
+    is_drained()
+
+    assert [drain["target"] for drain in lab.steerctl("drains")] == ["10.64.0.1", "fd00:64::1"]
+    targets = {target["target"]: target for target in lab.steerctl("targets", "--connections")}
+    first, second = targets["10.64.0.1:8080"], targets["10.64.0.2:8080"]
+    assert (first["drained"], first["listening"], first["connections"] >= 2) == (True, ["tcp", "udp"], True)
+    assert (second["drained"], second["listening"], second["dead"]) == (False, ["tcp", "udp"], [])
+    # The last flow of datagrams would go by its idle timeout.
+    for version in VERSIONS:
+        standing[version][0].close()
+        flows[version].close()
+        alias = ALIAS[version].format(1)
+        lab.steerctl("flows", "kill", "--target", alias, "--yes")
+        assert lab.steerctl("drain", alias, "--wait", "--timeout", str(30 * SLOWER))["connections"] == 0
+        lab.steerctl("undrain", alias)
+        assert lab.late("alone", version) == lab.late("first-alive", version) == "1"

@@ -13,7 +13,7 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -29,7 +29,7 @@ from steerd.control.flows import Entry
 from steerd.control.registry import Registry
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.errors import ConfigError, Problem, RegistryError, SteerdError
-from steerd.model import DEAD, DRAINED, TCP
+from steerd.model import DEAD, DRAINED, TCP, Target
 from tests.unit.test_sessions_table import BOTH, TEXT, entry, publish
 
 A = "198.51.100.7"
@@ -65,6 +65,10 @@ class Bare:
     def target_state(self, target_id: int) -> int:
         """The first one is drained, the second one is dead."""
         return {FIRST_TARGET_ID: DRAINED, FIRST_TARGET_ID + 1: DEAD[TCP]}.get(target_id, 0)
+
+    def listening(self, targets: Sequence[Target]) -> list[list[int]]:
+        """On those with a port."""
+        return [[TCP] if target.port else [] for target in targets]
 
     def log_settings(self) -> LogSettings:
         """What was put last."""

@@ -110,7 +110,7 @@ def test_targets_and_what_is_known_of_them(api: Served) -> None:
     targets = json.loads(steerctl(api, "targets", "--json"))
     by_target = {target["target"]: target for target in targets}
     assert {"10.64.0.1:80", "10.64.0.4:53"} <= by_target.keys()
-    shown = {row[1]: row[4] for row in rows(steerctl(api, "targets"))}
+    shown = {row[1]: row[6] for row in rows(steerctl(api, "targets"))}
     first, second = (target["target"] for target in targets[:2])
     assert shown[first] == "drained"
     assert shown[second] == "nobody listens (tcp)"

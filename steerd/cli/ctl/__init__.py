@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from steerd.cli import common
 from steerd.cli.ctl import (
+    drains,
     explain,
     flows,
     leases,
@@ -46,6 +47,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     pools.pools,
     pools.aliases,
     targets.targets,
+    drains.drain,
+    drains.undrain,
+    drains.drains,
     explain.explain,
     probe.probe,
     reload.reload,

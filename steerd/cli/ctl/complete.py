@@ -26,7 +26,12 @@ def pools(context: typer.Context, incomplete: str) -> list[str]:
     return _names(context, incomplete, "pools", {})
 
 
-def _names(context: typer.Context, incomplete: str, what: str, query: dict[str, str]) -> list[str]:
+def drains(context: typer.Context, incomplete: str) -> list[str]:
+    """Drained targets that begin so."""
+    return _names(context, incomplete, "drains", {}, "target")
+
+
+def _names(context: typer.Context, incomplete: str, what: str, query: dict[str, str], field: str = "name") -> list[str]:
     from steerd.cli.ctl import ask
     from steerd.control import client
     from steerd.errors import SteerdError
@@ -34,6 +39,6 @@ def _names(context: typer.Context, incomplete: str, what: str, query: dict[str, 
     try:
         run_dir = ask.run_dir(Path(context.params.get("config") or paths.CONFIG))
         page = client.request(run_dir, "GET", what, query=query, timeout=_SECONDS)
-        return [each["name"] for each in page[what] if each["name"].startswith(incomplete)]
+        return [each[field] for each in page[what] if each[field].startswith(incomplete)]
     except (SteerdError, KeyError, TypeError):
         return []

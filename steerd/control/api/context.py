@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 from msgspec import Meta, Struct
@@ -11,6 +11,7 @@ from steerd.config import Config
 from steerd.control.flows import Entry
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
+from steerd.model import Target
 
 
 class WorkerStatus(Struct, frozen=True):
@@ -79,6 +80,10 @@ class Machine(Protocol):
 
     def target_state(self, target_id: int) -> int:
         """What is known of a target: bits of model.DRAINED, model.DEAD. Called in a thread."""
+
+    def listening(self, targets: Sequence[Target]) -> list[list[int]]:
+        """Of each target the protocols (model.TCP, model.UDP) in which a socket of this host takes connections there
+        now; of one that keeps the client's port, none. Called in a thread. Raises KernelError."""
 
     def log_settings(self) -> LogSettings:
         """What is logged now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steerd.control.api import (
     document,
+    drains,
     explain,
     flows,
     leases,
@@ -42,6 +43,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
     *services.OPERATIONS,
     *pools.OPERATIONS,
     *targets.OPERATIONS,
+    *drains.OPERATIONS,
     *sessions.OPERATIONS,
     *routes.OPERATIONS,
     *leases.OPERATIONS,

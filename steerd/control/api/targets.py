@@ -7,7 +7,9 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from steerd.control.api.context import Context
+from steerd.control.api.drains import connections_left
 from steerd.control.api.operation import MAX_PAGE, Answer, AnyOperation, Nothing, Operation, Request
+from steerd.control.flows import Wanted
 from steerd.model import DEAD, DRAINED, PROTOCOL_NAMES
 
 
@@ -17,6 +19,8 @@ class TargetQuery(Struct, frozen=True, forbid_unknown_fields=True):
     after: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
     """An id; the `next` of the page before."""
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
+    connections: bool = False
+    """Whether connections are to be counted, which takes a look at all of conntrack."""
 
 
 class TargetView(Struct, frozen=True):
@@ -34,6 +38,10 @@ class TargetView(Struct, frozen=True):
     """It takes no new connections."""
     dead: list[str]
     """Protocols, `tcp` or `udp`, for which it was looked whether somebody listens there, and nobody does."""
+    listening: list[str] | None
+    """Protocols in which something listens there now; null: it is on another host, or on whichever port."""
+    connections: int | None
+    """Connections that neither side has ended, and flows of datagrams; null: they were not counted."""
 
 
 class TargetPage(Struct, frozen=True):
@@ -48,13 +56,27 @@ def list_targets(context: Context, request: Request[Nothing, TargetQuery, Nothin
     found = context.registry.targets(query.after + 1, query.limit + 1)
     pools = context.config.pools.values()
     views = []
-    for id_, target, lease in found[: query.limit]:
+    listening = context.machine.listening([target for _, target, _ in found[: query.limit]])
+    left = connections_left(context, Wanted()) if query.connections else None
+    for (id_, target, lease), protocols in zip(found[: query.limit], listening, strict=True):
         state = context.machine.target_state(id_)
         dead = [PROTOCOL_NAMES[protocol] for protocol, bit in DEAD.items() if state & bit]
         pool = next((pool.name for pool in pools if target.address in pool), None)
         (written,) = context.registry.written([target])
         relayed = written if written != str(target) else None
-        views.append(TargetView(id_, str(target), pool, lease, relayed, bool(state & DRAINED), dead))
+        views.append(
+            TargetView(
+                id_,
+                str(target),
+                pool,
+                lease,
+                relayed,
+                bool(state & DRAINED),
+                dead,
+                None if pool is None or not target.port else [PROTOCOL_NAMES[each] for each in protocols],
+                None if left is None else left.at(target.address, target.port),
+            )
+        )
     return Answer(200, TargetPage(views, views[-1].id if len(found) > query.limit else None))
 
 
@@ -69,5 +91,6 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         query=TargetQuery,
         body=Nothing,
         answers={200: TargetPage},
+        errors=("kernel",),
     ),
 )
