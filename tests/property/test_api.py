@@ -6,6 +6,7 @@ The API runs in a process of its own (tests/api_process.py); schemathesis makes 
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from steerd.control.api.document import describe
 from steerd.control.api.operation import Nothing
@@ -76,6 +78,12 @@ def aimed(described: Any) -> Any:
     return made
 
 
+@functools.cache
+def schema() -> OpenApiSchema:
+    """What schemathesis makes of the document."""
+    return schemathesis.openapi.from_dict(aimed(msgspec.to_builtins(describe(OPERATIONS))))
+
+
 def sent(api: Served, case: Case[Any]) -> Response:
     """What the API answers."""
     request = requests.Request(**case.as_transport_kwargs(base_url="http://steerd")).prepare()
@@ -105,8 +113,7 @@ def to_be_tried() -> Iterator[tuple[str, GenerationMode]]:
 
 @pytest.mark.parametrize(("name", "mode"), list(to_be_tried()))
 def test_every_answer_is_as_the_document_says(api: Served, name: str, mode: GenerationMode) -> None:
-    document = aimed(msgspec.to_builtins(describe(OPERATIONS)))
-    operation = schemathesis.openapi.from_dict(document).find_operation_by_id(name)
+    operation = schema().find_operation_by_id(name)
 
     @settings(max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode))

@@ -85,15 +85,17 @@ def test_an_operation_is_whole(operation: AnyOperation) -> None:
     assert len(inspect.signature(operation.handle).parameters) == 2
 
 
-@pytest.mark.parametrize("operation", [each for each in OPERATIONS if each.method == "GET"], ids=lambda each: each.name)
-def test_head_is_get_without_the_body(api: Served, operation: AnyOperation) -> None:
-    url = operation.path.replace("{", "").replace("}", "")
-    with api.connection() as connection:
-        statuses = []
-        for method in ("HEAD", "GET"):  # over one connection: a body that nobody expects would be taken for an answer
-            connection.request(method, url)
-            answer = connection.getresponse()
-            body = answer.read()
-            statuses.append(answer.status)
-            assert method == "GET" or body == b""
-        assert statuses[0] == statuses[1]
+def test_head_is_get_without_the_body(api: Served) -> None:
+    for operation in OPERATIONS:
+        if operation.method != "GET":
+            continue
+        url = operation.path.replace("{", "").replace("}", "")
+        with api.connection() as connection:
+            statuses = []
+            for method in ("HEAD", "GET"):  # over one connection: a body that nobody expects is taken for an answer
+                connection.request(method, url)
+                answer = connection.getresponse()
+                body = answer.read()
+                statuses.append(answer.status)
+                assert method == "GET" or body == b"", url
+            assert statuses[0] == statuses[1], url
