@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup setup-programs setup-bench setup-packages deb wheel lock test-packages test-long demo test lint unit netns test-vm bench clean
+.PHONY: help setup setup-programs setup-bench setup-packages deb wheel man lock test-packages test-long demo test lint unit netns test-vm bench clean
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
 	@echo "make deb wheel        a Debian package, a wheel; both into build/"
 	@echo "make test-packages    the package in a clean Debian with systemd: start to purge, under load"
+	@echo "make man              the manual pages anew, after a change of commands or of configuration keys"
 	@echo "make lock             requirements.lock anew: the libraries of a release, with hashes"
 	@echo "make test-long        transfers of 1 GB through loss and reordering, a minute of reloads under load"
 	@echo "make lint unit netns  parts of 'make test'"
@@ -40,6 +41,9 @@ deb: setup-packages
 
 wheel: setup
 	@PYTHON=$(CURDIR)/$(PYTHON) release/wheel
+
+man: setup
+	.venv/bin/python -m steerd.cli.man
 
 lock: setup
 	release/lock

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 packages=(
 	nftables iptables iproute2 procps           # the packet path, and namespaces to try it in
-	conntrack tcpdump shellcheck curl openssl systemd # tests and demo
+	conntrack tcpdump shellcheck curl openssl mandoc systemd # tests and demo
 	python3-dev python3-venv gcc libc6-dev pkg-config libnetfilter-queue-dev libnfnetlink-dev # python-netfilterqueue
 )
 

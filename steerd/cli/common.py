@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -38,13 +39,21 @@ class UsageError(SteerdError):
 
 def meanings(words: type[enum.Enum]) -> dict[str, str]:
     """What is written below each member of an enumeration, by the member's name in lower case."""
-    (definition,) = ast.parse(inspect.getsource(words)).body
+    return {name.lower(): text for name, text in texts(words).items()}
+
+
+def texts(of: type) -> dict[str, str]:
+    """What is written below each name that a class defines, by name."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
     for member, text in itertools.pairwise(definition.body):
         match member, text:
-            case ast.Assign(targets=[ast.Name(id=name)]), ast.Expr(value=ast.Constant(value=str(meaning))):
-                found[name.lower()] = " ".join(meaning.split())
+            case (
+                ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(meaning))),
+            ):
+                found[name] = " ".join(meaning.split())
     return found
 
 
