@@ -20,14 +20,16 @@ import msgspec
 import typer
 
 from steerd.config import Config
+from steerd.control import client
 from steerd.control import explain as control
-from steerd.control.explain import Asked, Question
+from steerd.control.explain import Asked, ExplanationView, Question
 from steerd.control.registry import Reader, Registry
 from steerd.control.sessions import RequestError
 from steerd.control.states import States
 from steerd.core.engine import no_state
-from steerd.core.explain import Explainer, Explanation, Known
-from steerd.errors import RegistryError, SteerdError
+from steerd.core.explain import Explainer
+from steerd.errors import ForbiddenError, NoAnswerError, RegistryError, SteerdError
+from steerd.model import Outcome
 from steerd.wire import packet as wire
 from steerd.wire.packet import Packet
 
@@ -106,59 +108,65 @@ def explain(config: Config, question: FromCommandLine, *, from_registry: bool, a
     """Answer on standard output; returns the exit status: 0 all steered, 1 not. Raises typer.BadParameter for what
     cannot be understood."""
     with _bad_parameters():
-        arrived = _arrived(question)
-        with known(config, from_registry=from_registry) as (everything, note):
-            found = control.explanations(
-                Explainer(everything),
-                question.asked,
-                arrived,
-                everything.plan.numbers,
-                live=question.live is not None,
-            )
-            told = list(found)
+        note, told = _told(config, question, from_registry=from_registry)
     if not told:
         raise SteerdError("Nothing here decides anything: there is no SYN, first payload or datagram to an endpoint.")
     if as_json:
-        views = [msgspec.to_builtins(control.view(each)) for each in told]
+        views = [msgspec.to_builtins(each) for each in told]
         typer.echo(json.dumps({"note": note, "explanations": views}, indent=2))
     else:
         typer.echo(note)
         for each in told:
             typer.echo("\n" + as_text(each))
-    return EXIT_STEERED if all(each.is_steered for each in told) else EXIT_NOT_STEERED
+    return EXIT_STEERED if all(each.outcome == Outcome.STEER.value for each in told) else EXIT_NOT_STEERED
 
 
-@contextmanager
-def known(config: Config, *, from_registry: bool) -> Iterator[tuple[Known, str]]:
-    """What there is to decide by, and a sentence on where it comes from: the registry, if it is wanted and can be read;
-    else a registry for a moment that holds what the file says."""
-    with tempfile.TemporaryDirectory(prefix="steerd-explain-") as directory:
-        why_not = ""
+def _told(config: Config, question: FromCommandLine, *, from_registry: bool) -> tuple[str, list[ExplanationView]]:
+    """What it is decided by, and the answers: by the registry, if it is wanted and can be read; else by the daemon, if
+    it can be asked; else by a registry for a moment that holds what the file says."""
+    asked = question.asked
+    arrived = _arrived(question)
+    why_not = ""
+    with contextlib.ExitStack() as held:
         reader = None
         state: Callable[[int], int] = no_state
         if from_registry:
             try:
                 reader = Reader(config.gateway.state_dir)
+                held.callback(reader.close)
                 reader.refresh()
                 note = f"By the registry in {config.gateway.state_dir}: what was added while the daemon runs counts."
+                # Before the first start there is none, and after it what the last daemon knew.
+                with contextlib.suppress(SteerdError):
+                    state = States.open(config.gateway.run_dir).get
             except RegistryError as error:
                 reader, why_not = None, f" ({error})"
-            # Before the first start there is none, and after it what the last daemon knew.
-            with contextlib.suppress(SteerdError):
-                state = States.open(config.gateway.run_dir).get if reader is not None else state
+                with contextlib.suppress(NoAnswerError, ForbiddenError):
+                    if asked.to is not None:
+                        return _by_daemon(config, asked)
         if reader is None:
+            directory = held.enter_context(tempfile.TemporaryDirectory(prefix="steerd-explain-"))
             registry = Registry(directory)
             registry.publish(config)
             registry.close()
             reader = Reader(directory)
+            held.callback(reader.close)
             note = (
                 f"By {config.file} alone{why_not}: routes, leases and sessions that were added while the daemon runs"
                 " are not taken into account, and its marks and ids are others."
             )
-        try:
-            yield control.known_by(reader, config, state), note
-        finally:
-            reader.close()
+        known = control.known_by(reader, config, state)
+        found = control.explanations(
+            Explainer(known), asked, arrived, known.plan.numbers, live=question.live is not None
+        )
+        return note, [control.view(each) for each in found]
+
+
+def _by_daemon(config: Config, asked: Asked) -> tuple[str, list[ExplanationView]]:
+    """What the API says. Raises SteerdError."""
+    body = msgspec.to_builtins(control.question_of(asked))
+    answer = client.request(config.gateway.run_dir, "POST", "explain", body=body)
+    return "By the daemon, which was asked.", msgspec.convert(answer["explanations"], list[ExplanationView])
 
 
 def _arrived(question: FromCommandLine) -> list[Packet]:
@@ -242,22 +250,18 @@ def listen(seconds: float) -> Iterator[bytes]:
 # ---- how it looks ----
 
 
-def as_text(told: Explanation) -> str:
+def as_text(told: ExplanationView) -> str:
     """For people: one line for what becomes of it, and one for each step."""
     lines = [_title(told)]
-    for about, text in told.steps:
-        if about == "reason" and told.decision is not None:
-            text = f"{text}: {control.meanings()[told.decision.reason]}"
-        lines.append(f"  {about:<11} {text}")
+    for about, text in ((step.about, step.text) for step in told.steps):
+        lines.append(f"  {about:<11} {text}: {told.meaning}" if about == "reason" else f"  {about:<11} {text}")
     return "\n".join(lines)
 
 
-def _title(told: Explanation) -> str:
-    way = f"{control.client_of(told.packet)} -> {control.endpoint_of(told.packet)}"
-    if not told.service:
+def _title(told: ExplanationView) -> str:
+    way = f"{told.client} -> {told.endpoint}"
+    if told.service is None:
         return f"{way}: no endpoint"
-    if told.decision is None:
+    if told.outcome is None:
         return f"{way}: not decided"
-    if told.target is None:
-        return f"{way}: {told.decision.outcome.value}"
-    return f"{way}: steered to {control.at(told.target.address, told.target.port or told.packet.dport)}"
+    return f"{way}: {told.outcome}" if told.target is None else f"{way}: steered to {told.target}"

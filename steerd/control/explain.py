@@ -161,6 +161,20 @@ def check(
     )
 
 
+def question_of(asked: Asked) -> Question:
+    """The question that `check` makes this of."""
+    extension = asked.extension
+    return Question(
+        to=asked.to,
+        client=asked.client,
+        sni=asked.sni,
+        keys=asked.keys,
+        extension=None if extension is None else extension.dst,
+        source_extension=None if extension is None else extension.src,
+        hex=[data.hex() for data in asked.bytes],
+    )
+
+
 def packets_of(asked: Asked) -> list[Packet]:
     """The packets of a question that names no endpoint. Raises RequestError."""
     found = [wire.parse(data) for data in asked.bytes]

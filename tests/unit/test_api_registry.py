@@ -199,3 +199,25 @@ def test_mistakes_are_sentences(
         ctl.main()
     assert ended.value.code == status
     assert capsys.readouterr().err.startswith(f"steerctl: {sentence}")
+
+
+def test_explain_asks_the_daemon_where_its_registry_cannot_be_read(
+    api: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert api.ask("PUT", "/v1/services/web/routes", {"when": HOST, "target": "10.64.0.5:80"})[0] == 201
+    file = api.run_dir / "steerd.toml"
+    question = ("explain", "--to", "203.0.113.10:443", "--key", "http.host=a.example")
+    text = TEXT.format(directory=api.run_dir)
+    file.write_text(text.replace(f'state_dir = "{api.run_dir}"', 'state_dir = "/nowhere"'))
+    said = steerctl(api, capsys, *question)
+    assert said.startswith("By the daemon, which was asked.\n")
+    assert "steered to 10.64.0.5:80" in said
+    (told,) = json.loads(steerctl(api, capsys, *question, "--json"))["explanations"]
+    assert (told["target"], told["matched"]) == ("10.64.0.5:80", ["http.host=a.example (dynamic)"])
+    (api.run_dir / "api.sock").rename(api.run_dir / "elsewhere")
+    sys.argv = ["steerctl", *question, "--config", str(file)]
+    with pytest.raises(SystemExit) as ended:
+        ctl.main()
+    assert ended.value.code == 1  # by the file alone nothing matches
+    assert capsys.readouterr().out.startswith(f"By {file} alone (the registry in /nowhere/registry cannot be read")
+    (api.run_dir / "elsewhere").rename(api.run_dir / "api.sock")

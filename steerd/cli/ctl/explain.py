@@ -24,7 +24,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say step by step what would become of a connection, by what is in force: the daemon's registry, if it can be
-    read (as root), else the configuration alone.
+    read (as root), or else the daemon, if it can be asked (in the group steerd), or else the configuration alone.
 
     Exit status: 0 steered, 1 not steered, 2 bad configuration or usage.
     """
