@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from scapy.layers.dns import DNS, DNSQR
 
 from steerd.model import Extension
 from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
@@ -60,6 +61,11 @@ inspect = ["prefix"]
 default = [{THREE}]
 choose = "round-robin"
 routes = [{{ when = {{ prefix = "first" }}, target = [{THREE}], choose = "first-alive" }}]
+[services.names]
+endpoints = ["203.0.113.10:53/udp", "[2001:db8::10]:53/udp"]
+inspect = ["dns"]
+default = [{THREE}]
+choose = "round-robin"
 """
 
 
@@ -123,11 +129,20 @@ class Lab:
         client.close()
         return number
 
-    def flow(self, version: int) -> socket.socket:
+    def queries(self, version: int, count: int) -> Counter[str]:
+        """Who answers queries that all come from one port."""
+        found: Counter[str] = Counter()
+        with self.flow(version, 53) as client:
+            for number in range(count):
+                client.send(bytes(DNS(id=number, rd=1, qd=DNSQR(qname="a.example"))))
+                found[number_of(client.recv(2000).decode("latin-1"))] += 1
+        return found
+
+    def flow(self, version: int, port: int = 500) -> socket.socket:
         with self.gateway.client.entered():
             made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
         made.settimeout(2 * SLOWER)
-        made.connect((ENDPOINT[version], 500))
+        made.connect((ENDPOINT[version], port))
         return made
 
     def udp(self, text: str, version: int) -> str:
@@ -181,6 +196,8 @@ def test_a_dead_daemon_gets_nobody_new_within_a_second_and_a_hash_moves_its_clie
         assert lab.late("first-alive", version) == lab.early(1, version) == lab.udp("first", version) == "1"
         assert Counter(lab.late("round-robin", version) for _ in range(12)).keys() == {"1", "2", "3"}
         assert Counter(lab.late("nobody", version) for _ in range(12)).keys() == {"1", "2", "3"}
+        # One port is one worker's: there the turns are exact, and each query is one.
+        assert lab.queries(version, 6) == {"1": 2, "2": 2, "3": 2}
         assert {"1"} < set(before[version][0])
     standing = [lab.open("round-robin", version) for version in VERSIONS for _ in range(6)]
 
@@ -191,6 +208,7 @@ def test_a_dead_daemon_gets_nobody_new_within_a_second_and_a_hash_moves_its_clie
         assert Counter(lab.late("round-robin", version) for _ in range(12)).keys() == {"2", "3"}
         assert Counter(lab.early(2, version) for _ in range(6)).keys() == {"2", "3"}
         assert Counter(lab.udp("x", version) for _ in range(6)).keys() == {"2", "3"}
+        assert lab.queries(version, 8) == {"2": 4, "3": 4}
         after = hashed(version)
         for old, new in zip((*before[version][0], *before[version][1]), (*after[0], *after[1]), strict=True):
             assert new == old if old != "1" else new in ("2", "3")

@@ -26,8 +26,9 @@ from steerd.core import explain
 from steerd.core.choice import Chooser
 from steerd.core.engine import Engine, no_state
 from steerd.core.explain import Explainer, Explanation, Known, route_shown, shown
+from steerd.core.marks import FIRST_TARGET_ID
 from steerd.core.router import failing
-from steerd.model import TCP, UDP, Answer, Extension, Outcome, Reason
+from steerd.model import DEAD, DRAINED, TCP, UDP, Answer, Extension, Outcome, Reason
 from steerd.wire import packet as wire
 from steerd.wire import portext, segment
 from steerd.wire.packet import Packet
@@ -210,6 +211,52 @@ def test_sessions_proxies_datagrams_and_keys(seed: int) -> None:
                 assert parsers_gave(told).items() <= keys.items() | {("", "")}
     few = {Reason.SESSION_REFUSED, Reason.UNKNOWN_CONNECTION, Reason.NO_ENDPOINT}
     assert reasons >= few | {Reason.ROUTE, Reason.ARITHMETIC, Reason.DEFAULT, Reason.UNMATCHED, Reason.UNTRUSTED_PROXY}
+
+
+SEVERAL = """
+[pools.p]
+prefixes = ["10.64.0.0/24"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp"]
+inspect = ["http"]
+default = ["10.64.0.8:80", "10.64.0.9:80"]
+choose = "round-robin"
+routes = [
+    { when = { http.host = "f" }, target = ["10.64.0.1:80", "10.64.0.2:80", "10.64.0.3:80"], choose = "first-alive" },
+    { when = { http.host = "h" }, target = ["10.64.0.1:80", "10.64.0.2:80"], choose = "hash", hash = "http.cookie.s" },
+]
+"""
+
+
+def test_several_targets_who_is_left_out_and_why() -> None:
+    def say(host: str, **more: str) -> tuple[str, str, Reason]:
+        keys = {"http.host": host} | {name.replace("_", "."): value for name, value in more.items()}
+        told = explaining.keys(SYN, keys)
+        assert told.decision is not None
+        (text,) = [step.text for step in told.steps if step.about == "choice"]
+        return str(told.target), text, told.decision.reason
+
+    states = {FIRST_TARGET_ID + number: 0 for number in range(10)}
+    with published(SEVERAL) as (_, plan, reader):
+        by_name = {str(reader.target(id_)): id_ for id_ in states}
+        known = Known(
+            plan, reader.route, reader.session, reader.target, reader.routes_of, lambda *_: "", lambda _: False,
+            states.__getitem__, reader.group,
+        )  # fmt: skip
+        explaining = Explainer(known)
+        first = "The first one that is alive is chosen, of "
+        assert say("f") == ("10.64.0.1:80", f"{first}10.64.0.1:80, 10.64.0.2:80, 10.64.0.3:80.", Reason.ROUTE)
+        states[by_name["10.64.0.1:80"]] = DEAD[TCP]
+        states[by_name["10.64.0.2:80"]] = DRAINED | DEAD[TCP]
+        left_out = "Left out: 10.64.0.1:80 (nothing listens there), 10.64.0.2:80 (drained, nothing listens there)."
+        assert say("f") == ("10.64.0.3:80", f"{first}10.64.0.3:80. {left_out}", Reason.ROUTE)
+        assert say("h") == ("None", f"There is nobody to choose. {left_out}", Reason.DEAD)
+        states[by_name["10.64.0.1:80"]] = DRAINED
+        assert say("h")[2] is Reason.DRAINED
+        states[by_name["10.64.0.1:80"]] = 0
+        assert "the hash of http.cookie.s says, of 10.64.0.1:80." in say("h", http_cookie_s="1")[1]
+        assert "the hash of the client's address (there is no http.cookie.s)" in say("h")[1]
+        assert "They take turns, in each worker by itself, so it may be any, of 10.64.0.8:80" in say("z")[1]
 
 
 # ---- the commands ----

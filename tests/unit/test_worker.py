@@ -699,7 +699,9 @@ def test_a_reload_decides_what_is_held_by_the_new_plan(udp: Lab) -> None:
     first, second = hello(2)
     assert udp.outcome(first, THEIRS) == DROPPED
     assert udp.outcome(datagram(b"a"), THEIRS) == steered(TO_A)
-    udp.publish(DATAGRAM_CONFIG.replace("10.64.0.1:443", "10.64.0.7:443"))
+    other = DATAGRAM_CONFIG.replace("10.64.0.1:443", "10.64.0.7:443")
+    # A new plan, and not just another route in the table.
+    udp.publish(other.replace("first_payload_timeout = 3", "first_payload_timeout = 4"))
     assert udp.outcome(second, THEIRS) == DROPPED
     moved = udp.injected[0][1]
     assert udp.injected == [(first, moved), (second, moved)]
