@@ -6,7 +6,7 @@ import re
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import cast, get_args
 
 import msgspec
 import pytest
@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from steerd import config, daemon
 from steerd.cli import ctl, main
+from steerd.core.choice import MAX_MEMBERS
 from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.core.wake import Limits, Wake
 from steerd.errors import SteerdError
-from steerd.model import TCP, UDP, Reason
+from steerd.liveness import LOOK_SECONDS
+from steerd.model import TCP, UDP, Choice, Policy, Reason
 from steerd.record import FAILURES_PER_SECOND
 from steerd.telemetry.counters import MAX_SERIES, OTHER, Extra
 from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Parser, transports
@@ -44,6 +46,23 @@ def test_the_examples_are_configurations_without_a_mistake() -> None:
         "unix-fd:/run/c.sock",
     }
     assert web.idle_timeout == config.parse(datagrams.replace("idle_timeout = ", "# "), "").services[1].idle_timeout
+
+
+def test_the_example_of_several_targets() -> None:
+    section = README.split("**Several targets.**")[1].split("\n**")[0]
+    route = "\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE))
+    text = f"""
+        [pools.p]
+        prefixes = ["10.64.0.0/24"]
+        [services.web]
+        endpoints = ["203.0.113.10:80/tcp"]
+        inspect = ["http"]
+        {route}"""
+    (service,) = config.parse(text, "README.md").services
+    assert service.routes[0].choice == Choice("hash", "http.cookie.sid")
+    assert f"up to {MAX_MEMBERS} of each family" in README
+    assert set(get_args(Policy)) <= set(re.findall("`([a-z-]+)`", section))
+    assert LOOK_SECONDS <= 1 / 3
 
 
 def test_the_example_of_daemons_that_sleep() -> None:
