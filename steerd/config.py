@@ -321,14 +321,15 @@ class Config(Struct, frozen=True):
     there."""
 
     @property
-    def all_wakes(self) -> list[Wake]:
-        """All that the file says about waking."""
-        return [pool.wake for pool in self.pools.values() if pool.wake is not None] + list(self.wakes.values())
+    def all_wakes(self) -> dict[str, Wake]:
+        """All that the file says about waking, by pool (dotted key) or target."""
+        pools = {f"pools.{name}.wake": pool.wake for name, pool in self.pools.items() if pool.wake is not None}
+        return pools | {f"wake of {address}": wake for address, wake in self.wakes.items()}
 
     @property
     def wakes_commands(self) -> bool:
         """Whether a command is started when a connection comes."""
-        return any(wake.command for wake in self.all_wakes)
+        return any(wake.command for wake in self.all_wakes.values())
 
     def wake_of(self, address: IPAddress) -> tuple[Wake, int] | None:
         """How the daemon of an alias is started, and the alias's index in its pool; None: it is not."""

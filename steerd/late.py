@@ -337,18 +337,15 @@ class Late:
         door, timeout = self._doorbell.door_of(first, decision.target_id)
         now = time.monotonic()
         limits = self._pending.limits
-        if (deadline is None and not self._is_genuine(first)) or not self._sleepers.put(
-            first.flow,
-            door,
-            first.source,
-            now + timeout if deadline is None else deadline,
-            held,
-            limits.source_connections,
-            limits.connections,
-        ):
+        if deadline is None and not self._is_genuine(first):
+            self._slot[Extra.NOT_GENUINE] += 1
             self._pending.forget(first)
             return
         self._doorbell.ask(door, now)
+        until = now + timeout if deadline is None else deadline
+        room = (limits.source_connections, limits.connections)
+        if not self._sleepers.put(first.flow, door, first.source, until, held, *room):
+            self._pending.forget(first)
 
     def _waits(self, packet: Packet) -> bool:
         """Whether a packet belongs to a connection that is held, and is of no use."""

@@ -89,9 +89,12 @@ class Waker:
         self.configure(config)
 
     def configure(self, config: Config) -> None:
-        """Another configuration is in force. What is awake stays so."""
+        """Another configuration is in force. What is awake stays so; who cannot be woken any more is left to itself."""
         self._config = config
         self._policy.limits = config.waking
+        for daemon in list(self._policy.daemons.values()):
+            wakes = (config.wake_of(ipaddress.ip_address(packed)) for packed in list(daemon.addresses))
+            daemon.sleep_after = next((found[0].sleep_after for found in wakes if found is not None), None)
 
     async def keep(self) -> None:
         """Serve for ever."""

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import os
+import pwd
+import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,7 +38,25 @@ def check(config: Config) -> list[Problem]:
         *_wildcard_listeners(config),
         *_own_listeners(config),
         *_groups(config),
+        *_wakes(config),
     ]
+
+
+def _wakes(config: Config) -> Iterator[Problem]:
+    """What it takes to start daemons."""
+    for key, wake in config.all_wakes.items():
+        if wake.unit and shutil.which("busctl") is None:
+            yield Problem(key, "Is a unit, but there is no busctl(1) on this machine, by which units are started.")
+        if wake.command and not os.access(wake.command[0], os.X_OK):
+            yield Problem(key, f"{wake.command[0]} is no program on this machine.")
+        if wake.user:
+            try:
+                is_root = pwd.getpwnam(wake.user).pw_uid == 0
+            except KeyError:
+                yield Problem(key, f"There is no user {wake.user} on this machine to run it; add it, or name another.")
+                continue
+            if is_root:
+                yield Problem(key, f"{wake.user} is root by another name; what is woken runs as somebody else.")
 
 
 def _groups(config: Config) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ polkit.addRule(function (action, subject) {{
 
 def rule(config: Config, user: str) -> str:
     """The text of the rule; empty if the configuration names no unit to wake. `user`: as whom steerd runs."""
-    patterns = sorted({wake.unit_pattern() for wake in config.all_wakes if wake.unit})
+    patterns = sorted({wake.unit_pattern() for wake in config.all_wakes.values() if wake.unit})
     if not patterns:
         return ""
     # A / in a pattern would end it; a unit's name has none.

@@ -131,6 +131,15 @@ def test_a_group_that_is_not_here(machine: Machine) -> None:
     )
 
 
+def test_what_cannot_be_woken(machine: Machine) -> None:
+    target = '{ address = "10.64.0.1:%d", wake = ["/bin/no-such-program"], user = "no-such-user" }'
+    machine.config.write_text(CONFIG.replace('"10.64.0.1:80"', target % 80).replace('"10.64.0.1:443"', target % 443))
+    assert machine.findings() == [
+        "wake of 10.64.0.1: /bin/no-such-program is no program on this machine.",
+        "wake of 10.64.0.1: There is no user no-such-user on this machine to run it; add it, or name another.",
+    ]
+
+
 def test_a_local_route_makes_an_endpoint_local(machine: Machine) -> None:
     machine.host.sh("ip addr del 203.0.113.10/32 dev lo; ip route add local 203.0.113.0/24 dev lo")
     machine.host.sh("ip -6 addr del 2001:db8::10/128 dev lo; ip -6 route add local 2001:db8::/64 dev lo")

@@ -21,14 +21,17 @@ from pathlib import Path
 import pytest
 
 from steerd.model import Extension, Reason
-from steerd.telemetry.counters import Counters
+from steerd.telemetry.counters import Counters, Extra
 from tests.netns import sleeper
 from tests.netns.gateway import ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
+from tests.netns.test_late_attacks import spoofed
 from tests.netns.test_privileges import with_account
 
 PORT = 8080
 NAMES = 16
+GREETER = 9
+"""Whom silent clients are sent to."""
 ENDPOINTS = {4: ENDPOINT4, 6: ENDPOINT6}
 ADDRESSES = {4: "10.64.0.0", 6: "fd00:64::"}
 
@@ -77,6 +80,12 @@ endpoints = ["203.0.113.10:8000/tcp", "[2001:db8::10]:8000/tcp"]
 inspect = ["http"]
 routes = [{routes["http.host"]}]
 
+[services.greeted]
+endpoints = ["203.0.113.10:25/tcp", "[2001:db8::10]:25/tcp"]
+inspect = ["prefix"]
+first_payload_timeout = 0.2
+on_silence = ["10.64.0.{GREETER}:{PORT}", "[fd00:64::{GREETER}]:{PORT}"]
+
 [services.udp]
 endpoints = ["203.0.113.10:9000/udp", "[2001:db8::10]:9000/udp"]
 inspect = ["prefix"]
@@ -120,6 +129,13 @@ routes = [{routes["prefix"]}]
             except ConnectionResetError:
                 return "reset"
 
+    def silent(self, index: int, version: int = 4) -> str:
+        """One who waits for a greeting."""
+        assert index == GREETER
+        with contextlib.closing(self.lab.socket(None, version=version)) as client:
+            client.connect((ENDPOINTS[version], 25))
+            return client.recv(4096).decode()
+
     def udp(self, index: int, version: int = 4) -> str:
         """One datagram, which is never repeated."""
         with self.lab.client.entered():
@@ -155,7 +171,8 @@ def test_the_first_packet_wakes_the_daemon_once_and_everybody_is_answered(sleepy
     never listens is refused after the limit, and not started again."""
     sleepy.configure("sleep_after = 60\nwake_timeout = 4")
     sleepy.lab.start()
-    ways = [(sleepy.early, 1), (sleepy.late, 2), (sleepy.udp, 3)]
+    nobody_wakes_in_anothers_name(sleepy)
+    ways = [(sleepy.early, 1), (sleepy.late, 2), (sleepy.udp, 3), (sleepy.silent, GREETER)]
     for ask, index in ways:
         with ThreadPoolExecutor(20) as clients:
             answers = [clients.submit(ask, index, 6 if n % 2 else 4) for n in range(20)]
@@ -163,7 +180,7 @@ def test_the_first_packet_wakes_the_daemon_once_and_everybody_is_answered(sleepy
     with ThreadPoolExecutor(20) as clients:
         mixed = [clients.submit(ways[n % 3][0], sleeper.SLOW, 4) for n in range(20)]
     assert {each.result() for each in mixed} == {named(sleeper.SLOW, 4)}
-    assert sorted(int(words[0]) for words in sleepy.starts()) == [1, 2, 3, sleeper.SLOW]
+    assert sorted(int(words[0]) for words in sleepy.starts()) == [1, 2, 3, GREETER, sleeper.SLOW]
     assert sleepy.decisions(Reason.ASLEEP) > 0
     for facts in sleepy.starts():
         has_nothing_that_root_has(facts)
@@ -173,8 +190,21 @@ def test_the_first_packet_wakes_the_daemon_once_and_everybody_is_answered(sleepy
     assert [each.result() for each in answers] == ["reset"] * 4
     assert time.monotonic() - began >= 4
     assert [int(words[0]) for words in sleepy.starts()].count(sleeper.DEAF) == 1
-    sleepy.lab.wait(lambda: len(sleepy.running()) == 4, "it is stopped")
+    sleepy.lab.wait(lambda: len(sleepy.running()) == 5, "it is stopped")
     assert sleepy.decisions(Reason.NOT_WOKEN) >= 4
+
+
+def nobody_wakes_in_anothers_name(sleepy: Sleepy) -> None:
+    """First payloads of no handshake, whose cookie is wrong."""
+    routes = "ip route add 10.128.0.0/9 via 198.51.100.1; ip -6 route add 2001:db8:a::/48 via 2001:db8:1::1"
+    sleepy.lab.host.sh(routes)
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        with sleepy.lab.client.entered(), socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+            for packet in spoofed(version, 8000, b"GET / HTTP/1.1\r\nHost: h8.example\r\n\r\n", 10):
+                raw.sendto(packet, (ENDPOINTS[version], 0))
+    counters = Counters.open(sleepy.lab.directory / "run" / "counters")
+    sleepy.lab.wait(lambda: counters.total(Extra.NOT_GENUINE) == 20, "all were seen")
+    assert sleepy.starts() == []
 
 
 def has_nothing_that_root_has(facts: list[str]) -> None:
