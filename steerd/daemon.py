@@ -36,7 +36,7 @@ from steerd.control.relays import Places
 from steerd.control.states import States
 from steerd.core.engine import Plan
 from steerd.core.pools import Pool
-from steerd.errors import KernelError, SteerdError
+from steerd.errors import ConfigError, KernelError, SteerdError
 from steerd.kernel import aliases, conntrack, flows, handshake, listeners, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack, Entry
 from steerd.kernel.handshake import Handshake
@@ -70,6 +70,7 @@ FIXED = (
 _WATCH_SECONDS = 1.0
 # conntrack's shortest timeout of a connection that its client may not have closed yet is 30 s (last_ack).
 _OVER = 20
+_MOST_KEYS = 5
 _QUEUE_REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 10.0
 _MAX_SHOWN = 10
@@ -669,7 +670,7 @@ class Daemon:
             version=metadata.version("steerd"),
             pid=os.getpid(),
             started=self._started,
-            refused_reload=None if self._refused is None else str(self._refused),
+            refused_reload=None if self._refused is None else _where(self._refused),
             workers=[
                 self._worker_status(index, queues.get(gateway.first_queue + index)) for index in range(gateway.workers)
             ],
@@ -841,6 +842,15 @@ class _LeaseEffects:
             ruleset.forget_learned(nftables, addresses)
         with contextlib.closing(Conntrack()) as conntrack:
             return conntrack.end_flows_to([address.packed for address in addresses])
+
+
+def _where(refused: SteerdError) -> str:
+    """What of a file was refused, without its values: monitors see this, and a value may be a secret."""
+    if not isinstance(refused, ConfigError):
+        return str(refused)
+    keys = list(dict.fromkeys(problem.key for problem in refused.problems))
+    more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
+    return f"{refused.file}: {', '.join(keys[:_MOST_KEYS])}{more}"
 
 
 def _conntrack_use() -> ConntrackUse | None:

@@ -45,7 +45,7 @@ class Machinery(Struct, frozen=True):
     started: float
     """Seconds since the epoch."""
     refused_reload: str | None
-    """Why the last reload was refused; null: it was not."""
+    """What was wrong when the last reload was refused: the file and its keys; null: it was not refused."""
     workers: list[WorkerStatus]
     decisions: dict[str, int]
     """By reason, over all workers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from steerd.control.api import (
     document,
     drains,
@@ -24,7 +26,12 @@ from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operatio
 
 
 def get_document(_context: Context, _request: Request[Nothing, Nothing, Nothing]) -> Answer:
-    return Answer(200, document.describe(OPERATIONS))
+    return Answer(200, _document())
+
+
+@functools.cache
+def _document() -> Document:
+    return document.describe(OPERATIONS)
 
 
 OPERATIONS: tuple[AnyOperation, ...] = (
