@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import functools
 import inspect
 import itertools
 import os
@@ -42,6 +43,7 @@ def meanings(words: type[enum.Enum]) -> dict[str, str]:
     return {name.lower(): text for name, text in texts(words).items()}
 
 
+@functools.cache
 def texts(of: type) -> dict[str, str]:
     """What is written below each name that a class defines, by name."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body

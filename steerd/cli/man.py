@@ -45,6 +45,14 @@ def pages() -> dict[str, str]:
         "`steerctl --install-completion` prepares the shell that runs it (bash, zsh, fish). Names of services, pools"
         " and leases come from the daemon, if it answers."
     )
+    files = ".SH FILES\n" + "".join(
+        (
+            _tagged(str(paths.CONFIG), "The configuration: steerd.toml(5)."),
+            _tagged(f"{paths.RUN_DIR}/api.sock", "The API: HTTP and JSON, for root and the group steerd."),
+            _tagged(f"{paths.RUN_DIR}/counters", "What workers count, in shared memory."),
+            _tagged(f"{paths.STATE_DIR}/registry", "Routes that were added, leases, sessions, drains, ids of targets."),
+        )
+    )
     json = ".SH JSON\n" + _text(
         "With --json, one thing is one JSON object on a line, and a list is a JSON array on a line. What may be very"
         " long (flows, an export, the intervals of top) is one object a line instead. Names of keys stay as they are."
@@ -53,7 +61,7 @@ def pages() -> dict[str, str]:
         "steerctl.1": _commands("steerctl", "1", "look at a running steerd, and change what it does", ctl.app, exits)
         + json + completion + environment + _see_also("steerctl"),
         "steerd.8": _commands("steerd", "8", "many daemons behind one address and port", main.app, exits)
-        + _see_also("steerd"),
+        + files + _see_also("steerd"),
         "steerd.toml.5": _configuration() + _see_also("steerd.toml"),
     }  # fmt: skip
 
