@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -44,7 +44,6 @@ from steerd.kernel.nftables import Nftables, Watcher
 from steerd.kernel.notify import Notifier
 from steerd.liveness import Liveness
 from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason, Target, UnixDaemon
-from steerd.monitor import Monitor
 from steerd.privileges import Standing
 from steerd.relay.engine import Listen
 from steerd.relay.keeper import Keeper
@@ -52,6 +51,9 @@ from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
 from steerd.waker import Waker
 from steerd.worker import READY, WorkerSettings
+
+if TYPE_CHECKING:
+    from steerd.monitor import Monitor
 
 FIXED = (
     "mark",
@@ -232,12 +234,7 @@ class Daemon:
         counters = Path(config.gateway.run_dir) / "counters"
         self._counters = Counters.create(counters, config.gateway.workers)
         self.set_log(_log_switch(config))
-        listen = config.gateway.metrics.listen
-        self._monitor = (
-            None
-            if listen is None
-            else Monitor(listen, lambda: self._config, self._counters, self._registry, self._on_monitor_fault)
-        )
+        self._monitor = self._new_monitor()
         self._waker = Waker(config, self._registry.reader(), self._log)
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
@@ -323,6 +320,15 @@ class Daemon:
         for task in done - {stop}:
             task.result()
         self._log.info("stopped", left="table and aliases (remove them with: steerd down)")
+
+    def _new_monitor(self) -> Monitor | None:
+        listen = self._config.gateway.metrics.listen
+        if listen is None:
+            return None
+        # What it brings along takes its time, and most of all when the machine is busy at a restart.
+        from steerd.monitor import Monitor
+
+        return Monitor(listen, lambda: self._config, self._counters, self._registry, self._on_monitor_fault)
 
     def _on_monitor_fault(self, text: str) -> None:
         self._log.error("fault in the metrics", why=text)
