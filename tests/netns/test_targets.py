@@ -7,6 +7,7 @@ in a process of its own, on the aliases 1, 2 and 3.
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import socket
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from scapy.layers.dns import DNS, DNSQR
 
+from steerd.control import client as api_client
 from steerd.model import Extension
 from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
 from tests.netns.lab import Host
@@ -99,6 +101,9 @@ class Lab:
             return all({way(version) for _ in range(8)} == wanted for way in ways for version in VERSIONS)
 
         self.gateway.wait(answer, f"{wanted} are seen")
+
+    def api(self, method: str, *path: str, **query: str) -> Any:
+        return api_client.request(str(self.gateway.directory / "run"), method, *path, query=query)
 
     def steerctl(self, *arguments: str) -> Any:
         command = [sys.executable, "-m", "steerd.cli.ctl", *arguments, "--config", str(self.gateway.config), "--json"]
@@ -236,7 +241,7 @@ def test_a_drained_daemon_gets_nobody_new_and_keeps_who_is_there_over_kill_and_r
     flows = {version: lab.flow(version) for version in VERSIONS}
     assert {said(client, "first") for client in flows.values()} == {"1"}
     for alias in ("10.64.0.1", "fd00:64::1"):
-        assert lab.steerctl("drain", alias)["connections"] >= 1
+        assert lab.api("PUT", "drains", alias)["connections"] >= 1
 
     def is_drained() -> None:
         for version in VERSIONS:
@@ -259,8 +264,8 @@ def test_a_drained_daemon_gets_nobody_new_and_keeps_who_is_there_over_kill_and_r
     gateway.wait(lambda: gateway.count_events("reloaded") > loaded, "the configuration is reloaded")
     is_drained()
 
-    assert [drain["target"] for drain in lab.steerctl("drains")] == ["10.64.0.1", "fd00:64::1"]
-    targets = {target["target"]: target for target in lab.steerctl("targets", "--connections")}
+    assert [drain["target"] for drain in lab.api("GET", "drains")["drains"]] == ["10.64.0.1", "fd00:64::1"]
+    targets = {target["target"]: target for target in lab.api("GET", "targets", connections="true")["targets"]}
     first, second = targets["10.64.0.1:8080"], targets["10.64.0.2:8080"]
     assert (first["drained"], first["listening"], first["connections"] >= 2) == (True, ["tcp", "udp"], True)
     assert (second["drained"], second["listening"], second["dead"]) == (False, ["tcp", "udp"], [])
@@ -269,7 +274,30 @@ def test_a_drained_daemon_gets_nobody_new_and_keeps_who_is_there_over_kill_and_r
         standing[version][0].close()
         flows[version].close()
         alias = ALIAS[version].format(1)
-        lab.steerctl("flows", "kill", "--target", alias, "--yes")
+        lab.api("DELETE", "flows", target=alias)
         assert lab.steerctl("drain", alias, "--wait", "--timeout", str(30 * SLOWER))["connections"] == 0
-        lab.steerctl("undrain", alias)
+        lab.api("DELETE", "drains", alias)
         assert lab.late("alone", version) == lab.late("first-alive", version) == "1"
+
+
+def test_a_syn_that_comes_again_goes_where_it_went_before(lab: Lab) -> None:
+    """Conntrack holds its first way; at another one it would be dropped as stale."""
+    lost = """
+        table inet lost {
+            chain out { type filter hook output priority raw; tcp sport 8080 tcp flags & syn == syn drop; }
+        }"""
+    gateway = lab.gateway
+    gateway.host.sh(f"nft -f - <<'RULES'\n{lost}\nRULES")
+    before = gateway.counters()["diverted"]
+    clients = [gateway.socket(Extension(2, 7), version=version) for version in VERSIONS]
+    for client, version in zip(clients, VERSIONS, strict=True):
+        client.setblocking(False)
+        assert client.connect_ex((ENDPOINT[version], 443)) == errno.EINPROGRESS
+    gateway.wait(lambda: gateway.counters()["diverted"] >= before + 6, "each has sent its SYN three times")
+    gateway.host.sh("nft delete table inet lost")
+    for client in clients:
+        client.setblocking(True)
+        client.settimeout(15 * SLOWER)
+        assert number_of(client.recv(200).decode()) in ("1", "2", "3")
+        client.close()
+    assert [gateway.counters()[name] for name in ("stale", "challenged")] == [0, 0]

@@ -174,6 +174,10 @@ def test_steerctl(api: Served, capsys: pytest.CaptureFixture[str], tmp_path: Pat
         "t1: released, 2 flows ended, in quarantine until 20"
     )
     assert steerctl(api, capsys, "route", "remove", "web", "--key", "http.host=b.example") == "removed\n"
+    several = ("10.64.0.5:80", "10.64.0.6:80", "--choose", "hash", "--hash", "http.cookie.sid")
+    steerctl(api, capsys, "route", "add", "web", *several, "--key", "http.host=c.example")
+    assert "10.64.0.5:80, 10.64.0.6:80 (hash of http.cookie.sid)" in steerctl(api, capsys, "route", "list", "web")
+    steerctl(api, capsys, "route", "remove", "web", "--key", "http.host=c.example")
     file = tmp_path / "lines"
     file.write_text(exported)
     assert steerctl(api, capsys, "import", str(file)) == "2 added, 0 changed, 0 unchanged\n"
