@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,13 @@ def download(run_dir: str, *path: str, query: dict[str, str] | None = None) -> I
             raise http.client.IncompleteRead(b"")
 
 
+def _door(run_dir: str, method: str) -> Path:
+    """The socket to ask at: the read-only one for who may not use the other, and wants to look."""
+    path, read_only = socket_path(run_dir), read_only_socket_path(run_dir)
+    may_look_only = path.exists() and not os.access(path, os.W_OK) and os.access(read_only, os.W_OK)
+    return read_only if method == "GET" and may_look_only else path
+
+
 @contextmanager
 def _asked(
     run_dir: str,
@@ -78,7 +86,7 @@ def _asked(
     timeout: float,
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer, if it is a good one; whatever goes wrong while it is read is a SteerdError as well."""
-    where = socket_path(run_dir)
+    where = _door(run_dir, method)
     url = "/v1/" + "/".join(quote(part, safe="") for part in path)
     if query:
         url += f"?{urlencode(query)}"

@@ -165,9 +165,15 @@ def test_the_read_only_socket_is_there_only_for_a_group(
     # A daemon without CAP_CHOWN: then the check alone keeps others out.
     monkeypatch.setattr(os, "chown", refuse)
     monkeypatch.setattr(server, "GROUP", "no-such-group")
-    with serving(registry, tmp_path, OUR_GROUP):
+    with serving(registry, tmp_path, OUR_GROUP) as served:
         assert stat.S_IMODE(path.stat().st_mode) == 0o666
-        assert stat.S_IMODE((tmp_path / "api.sock").stat().st_mode) == 0o660
+        # Where there is no group that could be let in, nobody else is.
+        assert stat.S_IMODE(served.path.stat().st_mode) == 0o660
+    monkeypatch.setattr(server, "GROUP", OUR_GROUP)
+    with serving(registry, tmp_path) as served:
+        assert stat.S_IMODE(served.path.stat().st_mode) == 0o666
+        monkeypatch.setattr(connection, "peer_of", lambda _: STRANGER)
+        assert served.ask("GET", SESSIONS)[0] == 403
 
 
 def test_at_the_read_only_socket_nothing_can_be_changed_and_no_secret_seen(api: Served) -> None:

@@ -127,7 +127,7 @@ class Api:
             path.unlink(missing_ok=True)
             listener.bind(str(path))
             # Before it listens, so that nobody gets in who may not.
-            _give_to(path, group, fallback=_MODE_FOR_ALL if door.read_only else None)
+            _give_to(path, group)
         except OSError as error:
             listener.close()
             raise SteerdError(f"{path} cannot be listened on: {error.strerror or error}") from error
@@ -236,17 +236,16 @@ def _number_of(group: str) -> int | None:
         return None
 
 
-def _give_to(path: Path, group: int | None, fallback: int | None) -> None:
-    """Let the members of a group connect. `fallback`: the mode where this process may not give files to the group."""
+def _give_to(path: Path, group: int | None) -> None:
+    """Let the members of a group connect."""
     path.chmod(_MODE)
     if group is None:  # no such group on this machine: root alone
         return
     try:
         os.chown(path, -1, group)
     except PermissionError:
-        if fallback is None:
-            raise
-        path.chmod(fallback)
+        # We are not in that group, and without CAP_CHOWN. Then the door alone keeps others out.
+        path.chmod(_MODE_FOR_ALL)
 
 
 def _connection(request: web.Request) -> Connection:
