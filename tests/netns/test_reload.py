@@ -22,11 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import IP, TCP
+from scapy.layers.inet6 import IPv6
 
 from steerd.control import client as api
+from steerd.core.marks import OURS_ID, MarkLayout
 from steerd.kernel import ruleset
+from steerd.kernel.inject import Injector
 from steerd.kernel.nftables import Nftables
-from tests.netns.gateway import ROOT, Gateway, gateway
+from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 from tests.netns.late_load import alias
 from tests.netns.reload_load import Told, host
@@ -137,6 +141,25 @@ def test_a_sighup_that_comes_while_the_daemon_starts_is_a_reload(lab: Gateway) -
 
     lab.start(send)
     lab.wait(lambda: lab.count_events("reloaded") == 1, "the daemon has reloaded")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_syn_of_a_worker_that_knows_more_than_the_table_goes_nowhere(lab: Gateway, version: int) -> None:
+    """A service that becomes late: its plan is there before the table is. The gateway itself must not answer that
+    nobody listens; the client will repeat its SYN."""
+    lab.allow_unasked = True
+    lab.configure(CONFIG + SPARE.format(first=9000).replace('inspect = ["prefix"]', ""))
+    lab.start()
+    ip, client, endpoint = ((IP, CLIENT4, ENDPOINT4), (IPv6, CLIENT6, ENDPOINT6))[version == 6]
+
+    def syn(port: int) -> bytes:
+        return bytes(ip(src=client, dst=endpoint) / TCP(sport=40000, dport=port, flags="S"))
+
+    with lab.host.entered(), contextlib.closing(Injector(MarkLayout(8, 31).field(OURS_ID))) as worker:
+        with pytest.raises(PermissionError):
+            worker.send(syn(9000))
+        worker.send(syn(80))
+    assert lab.counters()["answered"] == 1
 
 
 def test_steerctl_reload_answers_when_it_is_in_force_or_says_what_is_wrong(lab: Gateway) -> None:
