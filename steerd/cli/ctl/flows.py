@@ -78,8 +78,9 @@ def kill_flows(
     """End flows: the daemon's socket on this machine is closed, and the kernel forgets the flow, so that nothing of it
     passes any more. What the client begins anew is decided anew.
 
-    Clients of connections that were decided by a SYN are reset. Others are not told: what they still send is dropped,
-    or, if it is a datagram, decided anew. A daemon on another host, or in another network namespace, is not told.
+    Clients of daemons on this machine are reset. A daemon on another host, or in another network namespace, is not
+    told, and its client may hear of it late, or not at all. A client of datagrams is not told: its next one is decided
+    anew.
     """
     from steerd.control import client as api
 

@@ -93,7 +93,7 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         "killFlows",
         "DELETE",
         ALL,
-        "End such flows: sockets of daemons on this machine are closed, and conntrack forgets the flows.",
+        "End such flows: sockets of daemons on this machine are closed, clients reset, and conntrack forgets them.",
         handle=kill_flows,
         parameters=Nothing,
         query=KillQuery,
