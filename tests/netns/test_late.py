@@ -160,6 +160,17 @@ def test_a_daemon_that_does_not_listen_resets_at_once(late: Gateway, version: in
 
 
 @both
+def test_a_daemon_that_has_spoken_can_still_reset(late: Gateway, version: int) -> None:
+    with connect(late, version) as client:
+        client.sendall(request("a.example"))
+        assert line_of(client).startswith(name(version, 1))
+        assert client.recv(100) == request("a.example")
+        client.sendall(b"reset")
+        with pytest.raises(ConnectionResetError):
+            client.recv(100)
+
+
+@both
 def test_a_tls_client_that_nobody_is_there_for_gets_an_alert(lab: Gateway, version: int) -> None:
     start(lab, 'unmatched = "tls-alert"')
     with connect(lab, version) as client:
