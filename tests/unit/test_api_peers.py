@@ -12,14 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from steerd.control import client
 from steerd.control.api import connection, peers, server
 from steerd.control.api.peers import Door, Peer, peer_of
 from steerd.control.api.table import OPERATIONS
 from steerd.control.client import read_only_socket_path
 from steerd.control.registry import Registry
+from steerd.errors import ForbiddenError, SteerdError
 from tests.unit.test_api import Served, serving
 from tests.unit.test_sessions_table import entry, publish
 
@@ -188,6 +191,23 @@ def test_at_the_read_only_socket_nothing_can_be_changed_and_no_secret_seen(api: 
             assert (status, answer) == (403, {"code": "forbidden", "field": "path", "message": message})
         else:
             assert status in (200, 400, 404), operation.name
+
+
+def test_the_client_looks_at_the_read_only_socket_if_it_may_not_use_the_other(
+    api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(method: str, *path: str) -> Any:
+        return client.request(str(api.run_dir), method, *path, body={})
+
+    assert ask("GET", "leases") == {"leases": [], "next": None}
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != api.path)
+    assert ask("GET", "services")["next"] is None
+    with pytest.raises(ForbiddenError, match="/v1/leases is not for the read-only socket"):
+        ask("GET", "leases")
+    with pytest.raises(
+        SteerdError, match="There is no lease of this name"
+    ):  # what changes something is asked for at the other one, as ever
+        ask("POST", "leases", "none", "renew")
 
 
 def test_session_ids_routes_and_the_export_are_private() -> None:
