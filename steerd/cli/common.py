@@ -69,13 +69,16 @@ def new_app(help_: str | None = None, *, completes: bool = False) -> typer.Typer
     """A program, or a noun with verbs; without any of them it shows its help. `completes`: a program that can tell
     shells how it goes on."""
     # Without markup, what typer says of wrong usage is plain text, and no frame cut to the terminal's width.
-    return typer.Typer(
-        help=help_,
+    made = typer.Typer(
         add_completion=completes,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+    # Told None at once, typer would not take the docstring of the callback.
+    if help_ is not None:
+        made.info.help = help_
+    return made
 
 
 def _say_version(wanted: bool) -> None:

@@ -158,6 +158,9 @@ def test_without_a_command_there_is_help(run: Run) -> None:
         _, out, err = run(script)
         for word in words:
             assert word in out + err
+    assert "Looks at a running steerd, and changes what it does." in run(ctl.main, "--help")[1]
+    assert "3: The daemon does not answer" in run(ctl.main, "--help")[1]
+    assert "Leases: which name has which alias of a pool." in run(ctl.main, "lease", "--help")[1]
 
 
 def test_the_version(run: Run) -> None:
