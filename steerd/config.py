@@ -1680,6 +1680,8 @@ def _choice(
     choose: Policy | None, hash_: str | None, beginning: str, conditions: _Conditions | None, reader: _Reader
 ) -> Choice | None:
     """`beginning`: of the keys `choose` and `hash`. `conditions` None: nothing can be said about keys."""
+    if choose is None and hash_ is None:
+        return None
     where = f"{beginning}hash"
     if hash_ is not None and choose != "hash":
         if not reader.is_bad(f"{beginning}choose"):
@@ -1710,7 +1712,7 @@ def _targets(
     if value == []:
         reader.problem(path, 'Names no target; one would be "10.64.0.1:8080".')
     items = [(f"{path}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else [(path, value)]
-    found: dict[Target, None] = {}
+    found: list[Target] = []
     counts = {4: 0, 6: 0}
     for key, item in items:
         for target in _target(key, item, scene):
@@ -1730,8 +1732,8 @@ def _targets(
                 reader.problem(
                     key, f"Is IPv{version} target number {counts[version]}; at most {MAX_MEMBERS} are possible."
                 )
-            found[target] = None
-    for target in found:
+            found.append(target)
+    for target in found if len(found) > 1 else ():
         if counts[target.address.version] > 1 and not target.port and not reader.is_bad(path):
             reader.problem(
                 path, f"{target} keeps the client's port; each of several needs its own, to tell whether it listens."

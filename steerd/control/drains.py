@@ -186,7 +186,7 @@ class DrainTable:
 
     def _on_new_ids(self, block: Block, port: int, ids: IdBlock) -> None:
         """Ids that are being given mean nothing yet, or what a transaction that failed made of them."""
-        if self._states is None:
+        if self._states is None or not (self._drains or self._marked):
             return
         self._marked.difference_update(range(ids.first_id, ids.first_id + ids.length))
         self._states.clear(ids.first_id, ids.length)

@@ -517,7 +517,11 @@ class RouteTable:
         elif lease is None:
             self._use(txn, old, -1)
         if lease is None:
-            self._use(txn, entry, 1)
+            # An import brings a million: what `_use` would look up is known here.
+            for to in route.targets:
+                self._more_uses[to.address.packed] += 1
+            for group in _group_keys(entry.ids) if route.choice is not None else ():
+                self._more_uses[group] += 1
         txn.put(key, entry.pack(), db=self._dynamic)
         return "added" if old is None else "changed", key
 
@@ -699,9 +703,8 @@ class RouteTable:
     def _use(self, txn: lmdb.Transaction[bytes], entry: _Entry, more: int) -> None:
         for target, _ in self._leads_to(txn, entry):
             self._more_uses[target.address.packed] += more
-        for group_id in (entry.ids.ipv4, entry.ids.ipv6):
-            if group_id >= GROUP:
-                self._more_uses[_group_key(group_id)] += more
+        for key in _group_keys(entry.ids):
+            self._more_uses[key] += more
 
     def _at(self, txn: lmdb.Transaction[bytes], key: bytes) -> tuple[_Known, _Entry]:
         value = txn.get(key, db=self._dynamic)
@@ -788,6 +791,10 @@ def origin_of(service: str, key: bytes, value: bytes) -> str:
 def _group_key(group_id: int) -> bytes:
     """Five bytes in `uses`, as no address has them; no IPv4 target begins with their first."""
     return b"\0" + _ID.pack(group_id)
+
+
+def _group_keys(ids: TargetIds) -> list[bytes]:
+    return [_group_key(id_) for id_ in (ids.ipv4, ids.ipv6) if id_ >= GROUP]
 
 
 def _choice_texts(choice: Choice | None) -> dict[str, Any]:

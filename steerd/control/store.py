@@ -249,17 +249,20 @@ class IdGiver:
     ) -> TargetIds:
         """The ids of at most one target of each family; with a choice of as many as there are. `in_pool` says whether
         an address is an alias."""
+        if choice is None:
+            by_version = {t.address.version: self.for_block(Block(t.address, 1), t.port).first_id for t in targets}
+            return TargetIds(by_version.get(4, NO_TARGET), by_version.get(6, NO_TARGET))
         return TargetIds(
             *(self._for_family([t for t in targets if t.address.version == v], choice, in_pool) for v in (4, 6))
         )
 
     def _for_family(
-        self, targets: Sequence[Target], choice: Choice | None, in_pool: Callable[[IPAddress], bool] | None
+        self, targets: Sequence[Target], choice: Choice, in_pool: Callable[[IPAddress], bool] | None
     ) -> int:
         ids = [self.for_block(Block(target.address, 1), target.port).first_id for target in targets]
         if len(ids) < 2:
             return ids[0] if ids else NO_TARGET
-        assert choice is not None and in_pool is not None, "several targets of a family, and no choice among them"
+        assert in_pool is not None, "several targets of a family, and nobody knows which are aliases"
         members = tuple(
             Member(id_, target.address.packed + target.port.to_bytes(2, "big"), not in_pool(target.address))
             for id_, target in zip(ids, targets, strict=True)
