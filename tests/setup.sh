@@ -17,7 +17,8 @@ if [ "${1:-}" = programs ]; then
 	packages+=(nginx openssh-client openssh-server postgresql nghttp2-client haproxy)
 	packages+=(mosquitto mosquitto-clients dnsmasq-base bind9-dnsutils kamailio sipsak ethtool ngtcp2-client)
 	packages+=(wireguard-go wireguard-tools)
-	packages+=(prometheus) # for promtool
+	packages+=(prometheus)  # for promtool
+	packages+=(dbus-daemon) # for a bus of the tests' own
 	packages+=(ufw) # a firewall to live beside, in namespaces
 	# Ubuntu has it as a snap only, which does not run in a namespace.
 	if grep -qx ID=debian /etc/os-release; then packages+=(chromium); fi

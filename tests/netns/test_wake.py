@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +162,8 @@ def sleepy(new_host: Callable[[str], Host]) -> Iterator[Sleepy]:
             yield made
         finally:
             for pid in made.running():
-                os.killpg(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(pid, signal.SIGKILL)
 
 
 def test_the_first_packet_wakes_the_daemon_once_and_everybody_is_answered(sleepy: Sleepy) -> None:
@@ -223,14 +223,8 @@ def test_a_scanner_wakes_no_more_than_the_limit(sleepy: Sleepy) -> None:
     """A thousand names; who is beyond the limit is refused, by a reset. Those that are awake are served as ever."""
     sleepy.configure(limits="max_awake = 3\nstarts_per_second = 50\nburst = 10")
     sleepy.lab.start()
-    asleep = threading.Semaphore(100)
-
-    def scan(index: int) -> str:
-        with asleep:
-            return sleepy.early(index)
-
-    with ThreadPoolExecutor(100) as clients:
-        answers = list(clients.map(scan, range(1000)))
+    with ThreadPoolExecutor(250) as clients:
+        answers = list(clients.map(sleepy.early, range(1000)))
     woken = [index for index, answer in enumerate(answers) if answer == named(index, 4)]
     assert len(woken) == len(sleepy.starts()) == 3
     assert [answer for index, answer in enumerate(answers) if index not in woken] == ["reset"] * 997
@@ -292,3 +286,31 @@ def test_an_alias_that_changes_hands_never_leads_to_the_former_daemon(sleepy: Sl
     for facts in sleepy.starts():
         has_nothing_that_root_has(facts)
     lab.wait(lambda: not sleepy.running(), "the last one has ended with its lease")
+
+
+def test_units_are_woken_and_put_to_sleep_through_the_bus(sleepy: Sleepy, tmp_path: Path) -> None:
+    lab = sleepy.lab
+    bus = lab.spawn(
+        lab.host, "dbus-daemon", "--session", "--nofork", "--print-address", f"--address=unix:dir={tmp_path}"
+    )
+    assert bus.stdout is not None
+    env = ["env", f"DBUS_SYSTEM_BUS_ADDRESS={bus.stdout.readline().strip()}"]
+    systemd = lab.spawn(lab.host, *env, sys.executable, "-m", "tests.netns.systemd", str(sleepy.log))
+    assert systemd.stdout is not None and systemd.stdout.readline() == "ready\n"
+    more = "sleep_after = 1\nwake_timeout = 5"
+    sleepy.configure(more, wake='"unit:tenant@{index}.service"', gateway="timeouts = { time_wait = 1, close = 1 }")
+    lab.start(through=env)
+    for _ in range(2):
+        with ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(sleepy.late, 1, 6 if n % 2 else 4) for n in range(8)]
+        assert [each.result() for each in answers] == [named(1, 6 if n % 2 else 4, "unit") for n in range(8)]
+        lab.wait(lambda: not sleepy.running(), "it is put to sleep", 60)
+    assert len(sleepy.starts()) == 2
+
+    lab.expected_warnings = ["a daemon cannot be woken"]
+    lab.config.write_text(lab.config.read_text().replace("unit:tenant@{index}", "unit:stranger@{index}"))
+    assert lab.daemon is not None
+    lab.daemon.send_signal(signal.SIGHUP)
+    lab.wait(lambda: lab.count_events("reloaded"), "it has reloaded")
+    assert sleepy.late(2) == "reset"
+    assert "Unit stranger@2.service not found." in lab.log.read_text()

@@ -404,3 +404,19 @@ def test_strays_are_open_only_while_somebody_listens() -> None:
     assert len(made.doors()) == 4096
     made.stop_at({ADDRESS})
     assert made.doors() == {}
+
+
+def test_no_more_are_started_than_the_limits_say() -> None:
+    made = policy(max_awake=6)
+    starters = [Starter(f"t@{number}.service") for number in range(20)]
+
+    def start(number: int, now: float) -> bool:
+        address = ADDRESS[:3] + bytes([number])
+        return bool(made.ask(Door(16 + number, TCP, 80), address, starters[number], 5.0, None, now))
+
+    assert [start(number, 0.0) for number in range(8)] == [True] * 5 + [False] * 3, "the burst"
+    assert made.is_full(0.9) and not made.is_full(1.0)
+    assert [start(number, 1.0) for number in range(5, 8)] == [True, False, False], "one a second"
+    assert not start(6, 100.0), "as many run as may"
+    made.ended(starters[0], 100.0)
+    assert [start(6, 101.0), start(7, 101.0)] == [True, False]
