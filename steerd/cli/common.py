@@ -65,13 +65,13 @@ def epilog() -> str:
     return "\n\n".join(["Exit status:", *(f"{status.value}: {said[status.name.lower()]}" for status in Exit)])
 
 
-def new_app(help_: str | None = None, *, completes: bool = False) -> typer.Typer:
-    """A program, or a noun with verbs; without any of them it shows its help. `completes`: a program that can tell
-    shells how it goes on."""
+def new_app(help_: str | None = None, *, completes: bool = False, alone: bool = False) -> typer.Typer:
+    """A program, or a noun with verbs; without any of them it shows its help, unless it can stand `alone`. `completes`:
+    a program that can tell shells how it goes on."""
     # Without markup, what typer says of wrong usage is plain text, and no frame cut to the terminal's width.
     made = typer.Typer(
         add_completion=completes,
-        no_args_is_help=True,
+        no_args_is_help=not alone,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )

@@ -163,6 +163,16 @@ def test_without_a_command_there_is_help(run: Run) -> None:
     assert "Leases: which name has which alias of a pool." in run(ctl.main, "lease", "--help")[1]
 
 
+@pytest.mark.parametrize("noun", ["flows", "log"])
+def test_a_noun_that_stands_alone_asks_the_daemon(
+    run: Run, good: str, noun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEERD_CONFIG", good)
+    status, out, err = run(ctl.main, noun)
+    assert (status, out) == (3, "")
+    assert err.startswith("steerctl: nobody answers at ")
+
+
 def test_the_version(run: Run) -> None:
     with (Path(__file__).resolve().parents[2] / "pyproject.toml").open("rb") as file:
         version = tomllib.load(file)["project"]["version"]

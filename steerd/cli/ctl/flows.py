@@ -16,9 +16,7 @@ from steerd.cli.common import UsageError, new_app
 from steerd.cli.ctl import ask, complete, given, show
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 
-app = new_app(
-    "Flows: the connections, and flows of datagrams, that were steered, as the kernel's conntrack knows them."
-)
+app = new_app(alone=True)
 
 _KILL_SECONDS = 600.0
 
@@ -42,7 +40,8 @@ def list_flows(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Show flows: client, endpoint, target, who has the target, and their state. With --json, a JSON object a line.
+    """What goes where now: connections and flows of datagrams that were steered, as the kernel's conntrack knows them.
+    With --json, a JSON object a line.
 
     The kernel does not know which key decided; shown is the route that leads to the target, where exactly one does. It
     knows how old a flow is only with the sysctl net.netfilter.nf_conntrack_timestamp=1, set before the flow began.

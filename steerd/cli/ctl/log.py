@@ -11,7 +11,9 @@ from steerd.cli.common import UsageError, new_app
 from steerd.cli.ctl import ask, show
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 
-app = new_app("What the daemon logs, changed while it runs; until it ends, or a reload changes `log` or `access_log`.")
+app = new_app(
+    "What the daemon logs, changed while it runs; until it ends, or a reload changes `log` or `access_log`.", alone=True
+)
 
 _WORDS = {"off": 0, "all": 1}
 
