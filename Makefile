@@ -9,13 +9,14 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup setup-programs setup-bench setup-packages deb wheel man lock test-packages test-long demo test lint unit netns test-vm bench clean
+.PHONY: help setup setup-programs setup-bench setup-packages deb wheel man lock test-packages test-matrix test-long demo test lint unit netns test-vm bench clean
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
 	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
 	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
+	@echo "make test-matrix      the same on the oldest, a middle and the newest kernel; one line for each"
 	@echo "make deb wheel        a Debian package, a wheel; both into build/"
 	@echo "make test-packages    the package in a clean Debian with systemd: start to purge, under load"
 	@echo "make man              the manual pages anew, after a change of commands or of configuration keys"
@@ -57,7 +58,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	shellcheck -x release/deb release/wheel release/lock release/debian/p* nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/fetch-kernel tests/vm/guest-setup
+	shellcheck -x release/deb release/wheel release/lock release/debian/p* nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/matrix tests/vm/fetch-kernel tests/vm/guest-setup
 
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit tests/property
@@ -73,6 +74,9 @@ test-vm: setup
 
 test-packages: setup-packages
 	$(AS_ROOT) $(PYTHON) -m pytest -q tests/packages
+
+test-matrix: setup
+	$(AS_ROOT) tests/vm/matrix
 
 bench: setup-bench
 	@$(AS_ROOT) $(PYTHON) -m tests.bench $(ONLY)

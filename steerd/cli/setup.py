@@ -24,7 +24,7 @@ USERS = Path("/etc/sysusers.d/steerd.conf")
 CONFIGURATION = Path("/etc/steerd/steerd.toml")
 PACKAGED = (Path("/usr/lib/systemd/system/steerd.service"), Path("/lib/systemd/system/steerd.service"))
 
-_IN_UNIT = "/usr/bin/steerd "
+_IN_UNIT = "/usr/bin/steer"
 # What the unit's ProtectHome= and PrivateTmp= hide.
 _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 
@@ -48,7 +48,7 @@ class Setup:
         program = self._program()
         if packaged := next((path for path in PACKAGED if self._in(path).exists()), None):
             raise SteerdError(f"{packaged} is there: steerd was installed as a package, and needs no setup")
-        unit = _shipped("steerd.service").replace(_IN_UNIT, f"{program} ")
+        unit = _shipped("steerd.service").replace(_IN_UNIT, f"{program.parent}/steer")
         users, example = _shipped("sysusers.conf"), _shipped("steerd.toml")
         if not self._holds(USERS, users):
             yield Step(f"write {USERS}: the system user steerd", lambda: self._write(USERS, users, 0o644))

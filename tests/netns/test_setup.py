@@ -54,7 +54,8 @@ def test_it_makes_user_example_and_unit_once(root: Path, prefix: Path) -> None:
     assert (example.stat().st_gid, example.stat().st_mode & 0o777) == (gid, 0o640)
     unit = (root / "etc/systemd/system/steerd.service").read_text()
     assert f"\nExecStart={prefix}/bin/steerd run /etc/steerd/steerd.toml\n" in unit
-    assert "/usr/bin/steerd" not in unit
+    assert f"\nExecReload={prefix}/bin/steerctl reload " in unit
+    assert "/usr/bin/steer" not in unit
     assert done(root) == []
 
 

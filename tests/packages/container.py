@@ -121,13 +121,13 @@ class Container(Host):
 
     def close(self) -> None:
         """Switch it off, and remove all of it."""
-        sh(f"ip netns del {self.name}" if hasattr(self, "name") else "", check=False)
-        # SIGTERM powers it off; the second one ends it at once.
-        for _ in range(2):
-            if self._process.poll() is None:
-                self._process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(20)
+        if hasattr(self, "name"):
+            sh(f"ip netns del {self.name}", check=False)
+        # Its first process, and with that all others; nothing in it is worth an orderly end.
+        with contextlib.suppress(ProcessLookupError, AttributeError):
+            os.kill(self.leader, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
         self._process.kill()
         self._process.wait()
         sh(f"rm -rf --one-file-system {self._directory}")

@@ -156,8 +156,13 @@ def test_what_is_in_it(package: Path) -> None:
     assert outside == {
         "/etc/steerd/steerd.toml", "/usr/bin/steerd", "/usr/bin/steerctl", "/usr/lib/systemd/system/steerd.service",
         "/usr/lib/sysusers.d/steerd.conf", "/usr/lib/tmpfiles.d/steerd.conf", "/usr/share/doc/steerd/README.md",
-        "/usr/share/doc/steerd/copyright",
+        "/usr/share/doc/steerd/copyright", "/usr/share/bash-completion/completions/steerctl",
+        "/usr/share/zsh/vendor-completions/_steerctl", "/usr/share/fish/vendor_completions.d/steerctl.fish",
+        *(f"/usr/share/man/man{page.suffix[1:]}/{page.name}.gz" for page in (ROOT / "steerd" / "man").glob("*.[1-8]")),
     }  # fmt: skip
+    assert "complete " in sh(
+        f"dpkg-deb --fsys-tarfile {package} | tar -xO ./usr/share/bash-completion/completions/steerctl"
+    )
     assert {"/opt/steerd/share/steerd/nft/steerd.nft", "/opt/steerd/share/steerd/nft/install.sh"} <= files.keys()
     assert files["/etc/steerd/steerd.toml"] == "-rw-r-----"
 
@@ -190,7 +195,7 @@ def test_installed_it_runs_as_its_user_with_two_capabilities(machine: Machine, p
 def test_a_reload_puts_a_new_file_in_force_and_refuses_a_bad_one(machine: Machine) -> None:
     machine.write_config(CONFIG.replace("workers = 2\n", ""))
     machine.host.run("systemctl", "reload", "steerd")
-    machine.host.wait(lambda: "1 services" in machine.service("StatusText"), "the status says so")
+    assert "1 services" in machine.service("StatusText")
     machine.respond(("10.64.0.0", 16, 8080), ("fd00:64::", 16, 8080))
     machine.steers()
     machine.write_config("[services")

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from scapy.layers.dns import DNS, DNSQR
 
 from steerd.model import Extension, Reason
 from steerd.telemetry.counters import Counters
 from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
 from tests.netns.lab import Host
-from tests.netns.test_datagram import ALIAS, FLOWS, QUERIES, answer, client, name
+from tests.netns.test_datagram import ALIAS, FLOWS, QUERIES, answer, client, dns_query, name
 from tests.netns.udp_responder import bind
 
 CONFIG = """
@@ -75,7 +74,7 @@ def datagrams_are_steered(lab: Gateway) -> None:
                     assert answer(asking, data)[0] == name(version, index, 9000)
         with client(lab, version, 53) as asking:
             for letter, index in (("a", 1), ("b", 2), ("a", 1)):
-                query = bytes(DNS(id=index, rd=1, qd=DNSQR(qname=f"www.{letter}.example")))
+                query = dns_query(index, f"www.{letter}.example")
                 assert answer(asking, query)[0] == name(version, index, 53)
         with lab.host.entered():
             daemon = bind(ALIAS[version].format(1), 4433)
