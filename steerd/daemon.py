@@ -15,7 +15,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from importlib import metadata
@@ -38,7 +37,7 @@ from steerd.core.engine import Plan
 from steerd.core.marks import OURS_ID
 from steerd.core.pools import Pool
 from steerd.errors import ConfigError, KernelError, SteerdError
-from steerd.kernel import aliases, conntrack, flows, handshake, listeners, queue, ruleset, sysctls
+from steerd.kernel import aliases, conntrack, flows, handshake, listeners, python, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack, Entry
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.inject import Injector
@@ -402,7 +401,7 @@ class Daemon:
             born = time.monotonic()
             try:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "steerd.worker", argument, stdout=asyncio.subprocess.PIPE
+                    *python.command("steerd.worker", argument), stdout=asyncio.subprocess.PIPE
                 )
             except OSError as error:  # no memory or no process to be had: that may pass
                 self._log.error("worker cannot be started", worker=index, why=str(error))

@@ -8,7 +8,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import msgspec
 import structlog
 
 from steerd.errors import KernelError
+from steerd.kernel import python
 from steerd.relay.engine import Listen
 
 # As a worker: again after 0.1 s, then 0.2 s, ... 5 s; forgiven after 10 s.
@@ -132,8 +132,7 @@ async def _start() -> _Running:
     with contextlib.ExitStack() as undo:
         undo.callback(ours.close)
         with theirs:
-            command = [sys.executable, "-m", "steerd.relay"]
-            process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())
+            process = subprocess.Popen(python.command("steerd.relay"), stdin=theirs.fileno(), stdout=theirs.fileno())
         undo.callback(process.kill)
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LONGEST_ANSWER)
         undo.pop_all()
