@@ -119,9 +119,12 @@ def setup(
 def down(file: ConfigFile = DEFAULT_CONFIG) -> None:
     """Remove the nft table and all aliases. The daemon must be stopped; connections that are steered now will break."""
     from steerd import config as configuration
-    from steerd import daemon
+    from steerd import daemon, privileges
 
-    changes = daemon.down(configuration.load(file))
+    config = configuration.load(file)
+    # What is in run_dir is that user's doing: root would follow its links.
+    privileges.settle(config)
+    changes = daemon.down(config)
     typer.echo(f"table inet steerd and {changes.removed} aliases removed")
 
 

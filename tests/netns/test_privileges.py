@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,7 +94,8 @@ def test_as_root_it_becomes_its_user(lab: Gateway) -> None:
     for name in ("state/registry", "run/claims"):
         (lab.directory / name).mkdir(parents=True)
     (lab.directory / "run" / "lock").write_text("1\n")
-    lab.start(through=with_account(lab.directory))
+    through = with_account(lab.directory)
+    lab.start(through=through)
     lab.respond(("10.64.0.0", 16, 8080), ("fd00:64::", 16, 8080))
     assert lab.daemon is not None
     for pid in (lab.daemon.pid, *workers(lab)):
@@ -117,3 +120,18 @@ def test_as_root_it_becomes_its_user(lab: Gateway) -> None:
     lab.daemon.send_signal(1)
     lab.wait(lambda: lab.count_events("reloaded"), "it has reloaded")
     steers(lab)
+
+    # What that user plants is not followed by root when it takes everything away.
+    lab.stop()
+    victim, lock = lab.directory / "victim", lab.directory / "run" / "lock"
+    victim.write_text("root's own")
+    victim.chmod(0o600)
+    lock.unlink()
+    lock.symlink_to(victim)
+    down = lab.host.command(*through, sys.executable, "-m", "steerd", "down", str(lab.config))
+    refused = subprocess.run(down, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr) == (1, f"steerd: {lock} cannot be opened: Permission denied\n")
+    assert victim.read_text() == "root's own"
+    lock.unlink()
+    subprocess.run(down, cwd=ROOT, capture_output=True, check=True)
+    assert "steerd" not in lab.host.sh("nft list tables; ip -brief link")
