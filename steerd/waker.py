@@ -89,12 +89,32 @@ class Waker:
         self.configure(config)
 
     def configure(self, config: Config) -> None:
-        """Another configuration is in force. What is awake stays so; who cannot be woken any more is left to itself."""
+        """Another configuration is in force. What is awake stays so, unless its alias is to have another daemon; who
+        cannot be woken any more is left to itself. From any thread."""
         self._config = config
         self._policy.limits = config.waking
         for daemon in list(self._policy.daemons.values()):
             wakes = (config.wake_of(ipaddress.ip_address(packed)) for packed in list(daemon.addresses))
             daemon.sleep_after = next((found[0].sleep_after for found in wakes if found is not None), None)
+        self._stop_others()
+
+    def _stop_others(self) -> None:
+        """Stop who would go on getting the connections to an alias that has become another daemon's."""
+        awake = [
+            (each.starter, packed) for each in list(self._policy.daemons.values()) for packed in list(each.addresses)
+        ]
+        lost = [
+            address for starter, packed in awake if self._is_anothers(address := ipaddress.ip_address(packed), starter)
+        ]
+        if lost:
+            self.stop_at(lost)
+
+    def _is_anothers(self, address: IPAddress, starter: Starter) -> bool:
+        found = self._config.wake_of(address)
+        try:
+            return found is not None and self._starter(address, *found) != starter
+        except ValueError:
+            return True
 
     async def keep(self) -> None:
         """Serve for ever."""
@@ -192,11 +212,11 @@ class Waker:
         if target is None or (target.port and target.port != door.port):
             return None
         found = self._config.wake_of(target.address)
-        if found is None:
-            return None
-        wake, index = found
-        lease = self._reader.lease_of(target.address.packed) if wake.needs_lease else None
-        return _Found(wake, wake.starter(lease, str(target.address), index), target.address)
+        return None if found is None else _Found(found[0], self._starter(target.address, *found), target.address)
+
+    def _starter(self, address: IPAddress, wake: Wake, index: int) -> Starter | None:
+        lease = self._reader.lease_of(address.packed) if wake.needs_lease else None
+        return wake.starter(lease, str(address), index)
 
     def _listens(self, door: Door, address: bytes) -> bool:
         target = self._reader.target(door.target_id)
@@ -419,6 +439,7 @@ class Waker:
                 self._watch(starter, process)
             self._up.add(starter)
             self._policy.restore(starter, timeout, sleep_after, dict(doors), now)
+        self._stop_others()
         if self._up:
             self._log.info("daemons that were woken before are known again", awake=self._policy.awake)
 

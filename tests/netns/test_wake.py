@@ -288,6 +288,31 @@ def test_an_alias_that_changes_hands_never_leads_to_the_former_daemon(sleepy: Sl
     lab.wait(lambda: not sleepy.running(), "the last one has ended with its lease")
 
 
+def test_a_configuration_that_gives_an_alias_another_daemon_ends_the_former_one(sleepy: Sleepy) -> None:
+    """By a reload, and while steerd was away."""
+    lab = sleepy.lab
+
+    def answers(name: str) -> None:
+        for version in (4, 6):
+            assert [sleepy.early(1, version), sleepy.late(1, version)] == [named(1, version, name)] * 2
+
+    sleepy.configure(name="first{index}")
+    lab.start()
+    answers("first1")
+
+    sleepy.configure(name="second{index}")
+    assert lab.daemon is not None
+    lab.daemon.send_signal(signal.SIGHUP)
+    lab.wait(lambda: lab.count_events("reloaded"), "it has reloaded")
+    answers("second1")
+
+    lab.stop()
+    sleepy.configure(name="third{index}")
+    lab.start()
+    answers("third1")
+    lab.wait(lambda: len(sleepy.running()) == 1, "the former ones have ended")
+
+
 def test_units_are_woken_and_put_to_sleep_through_the_bus(sleepy: Sleepy, tmp_path: Path) -> None:
     lab = sleepy.lab
     bus = lab.spawn(
