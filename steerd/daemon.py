@@ -756,9 +756,9 @@ class Daemon:
             new, text = await asyncio.to_thread(self._read)
             async with self._changing_aliases, self._changing_table:
                 await asyncio.to_thread(self._apply, new)
-        except SteerdError as error:
+        except (SteerdError, OSError) as error:
             self._log.error("not reloaded; the running configuration stays", why=str(error))
-            return error
+            return error if isinstance(error, SteerdError) else SteerdError(f"{self._config.file}: {error}")
         self._text = text
         seconds = round(time.monotonic() - begun, 3)
         self._log.info("reloaded", file=new.file, services=len(new.services), seconds=seconds)
@@ -807,12 +807,15 @@ class Daemon:
                 self._registry.relays.reserve(new)
                 self._publish(new)
             self._change_table(new)
-            self._config = new
             self._waker.configure(new)
-        except SteerdError:
-            self._publish(old)
-            with contextlib.suppress(SteerdError):  # which is what went wrong, then, and has changed nothing
-                self._change_table(old)
+            self._config = new
+        except Exception:
+            try:
+                self._waker.configure(old)
+                self._publish(old)
+            finally:
+                with contextlib.suppress(SteerdError, OSError):  # what went wrong, then, and has changed nothing
+                    self._change_table(old)
             raise
         finally:
             if new.pools != old.pools:
