@@ -236,7 +236,7 @@ class Reader:
             self._leased = self._env.open_db(b"leased", create=False)
             self._relayed = self._env.open_db(b"relayed", create=False)
             self._txn: lmdb.Transaction[bytes] | None = None
-        except lmdb.Error as error:
+        except (OSError, lmdb.Error) as error:
             raise RegistryError(f"the registry in {state_dir}/registry cannot be read: {error}") from error
         # The last transaction looked at, and the plan it showed; the plan that was taken up last.
         self._seen = -1

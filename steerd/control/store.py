@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -194,10 +195,26 @@ class Store:
 
 
 def open_to_read(state_dir: str) -> lmdb.Environment:
-    """A reader's environment; raises lmdb.Error if there is none."""
-    return lmdb.open(
-        str(_path(state_dir)), readonly=True, map_size=_MAP_SIZE, max_dbs=_MAX_DATABASES, max_readers=_MAX_READERS
-    )
+    """A reader's environment; raises lmdb.Error if there is none, OSError if its owner cannot be become."""
+    with _not_as_root(state_dir):
+        return lmdb.open(
+            str(_path(state_dir)), readonly=True, map_size=_MAP_SIZE, max_dbs=_MAX_DATABASES, max_readers=_MAX_READERS
+        )
+
+
+@contextmanager
+def _not_as_root(state_dir: str) -> Iterator[None]:
+    """LMDB writes to lock.mdb, even to read. What it is a link to is the doing of the directory's owner, who must not
+    have root write anywhere."""
+    owner = os.stat(state_dir).st_uid if os.path.exists(state_dir) else 0
+    if os.geteuid() != 0 or owner == 0:
+        yield
+        return
+    os.seteuid(owner)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def target_of(txn: lmdb.Transaction[bytes], targets: Any, target_id: int) -> Target | None:

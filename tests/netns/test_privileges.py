@@ -126,6 +126,17 @@ def test_as_root_it_becomes_its_user(lab: Gateway) -> None:
     victim, lock = lab.directory / "victim", lab.directory / "run" / "lock"
     victim.write_text("root's own")
     victim.chmod(0o600)
+    registry = lab.directory / "state" / "registry" / "lock.mdb"
+    registry.rename(registry.with_suffix(".kept"))
+    registry.symlink_to(victim)
+    explain = lab.host.command(sys.executable, "-m", "steerd.cli.ctl", "explain", "--config", str(lab.config))
+    explain += ["--to", f"{ENDPOINT4}:443"]
+    told = subprocess.run(explain, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert victim.read_bytes() == b"root's own"
+    assert "alone" in told and "Permission denied" in told
+    registry.with_suffix(".kept").rename(registry)
+    told = subprocess.run(explain, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert "By the registry" in told
     lock.unlink()
     lock.symlink_to(victim)
     down = lab.host.command(*through, sys.executable, "-m", "steerd", "down", str(lab.config))
