@@ -9,6 +9,7 @@ stays root, with these capabilities only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import stat
@@ -147,24 +148,53 @@ _OURS = {"registry", "lock", "sysctls"}
 
 
 def _hand_over(key: str, directory: Path, uid: int, gid: int) -> None:
-    """Make a directory, or give it and what is in it to a user. No link is followed: what is in it may be that user's
-    doing already."""
-    directory.mkdir(parents=True, exist_ok=True)
-    directory = directory.resolve()
-    names = {entry.name for entry in directory.iterdir()}
-    if directory.stat().st_uid != uid and names and not names & _OURS:
-        raise SteerdError(
-            f"gateway.{key}: {directory} holds files that are not steerd's, and would be given to its user; name a"
-            " directory that is steerd's alone"
-        )
-    for _, subdirectories, files, descriptor in os.fwalk(directory):
-        _give(".", descriptor, uid, gid)
-        for name in (*files, *subdirectories):
-            _give(name, descriptor, uid, gid)
+    """Make a directory, or give it and what is in it to a user. Neither a link nor a name that changes meanwhile leads
+    anywhere else: what is in it, or beside it, may be that user's doing already."""
+    with contextlib.ExitStack() as held:
+        top = _opened(key, directory, held)
+        names = set(os.listdir(top))  # noqa: PTH208 (a path may lead elsewhere by now)
+        if os.fstat(top).st_uid != uid and names and not names & _OURS:
+            raise SteerdError(
+                f"gateway.{key}: {directory} holds files that are not steerd's, and would be given to its user; name a"
+                " directory that is steerd's alone"
+            )
+        for place, subdirectories, files, descriptor in os.fwalk(".", dir_fd=top):
+            _give(directory / place, ".", descriptor, uid, gid)
+            for name in (*files, *subdirectories):
+                _give(directory / place / name, name, descriptor, uid, gid)
 
 
-def _give(name: str, descriptor: int, uid: int, gid: int) -> None:
-    found = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-    # A file with two names may be somebody else's by the other one.
-    if found.st_uid != uid and (found.st_nlink == 1 or stat.S_ISDIR(found.st_mode)):
-        os.chown(name, uid, gid, dir_fd=descriptor, follow_symlinks=False)
+def _opened(key: str, directory: Path, held: contextlib.ExitStack) -> int:
+    """A descriptor of a directory, which is made if need be, by way of links that only root can have put there."""
+    there = _held(held, os.open("/", os.O_RDONLY | os.O_DIRECTORY))
+    for part in directory.parts[1:]:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part, dir_fd=there)
+        found = os.stat(part, dir_fd=there, follow_symlinks=False)
+        follow = stat.S_ISLNK(found.st_mode)
+        if follow and (found.st_uid, os.fstat(there).st_uid) != (0, 0):
+            raise SteerdError(
+                f"gateway.{key}: {part} in {directory} is a link that others than root can make or change"
+            )
+        flags = os.O_RDONLY | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
+        there = _held(held, os.open(part, flags, dir_fd=there))
+    return there
+
+
+def _held(held: contextlib.ExitStack, descriptor: int) -> int:
+    held.callback(os.close, descriptor)
+    return descriptor
+
+
+def _give(path: Path, name: str, directory: int, uid: int, gid: int) -> None:
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISLNK(found.st_mode):
+            if uid == 0 and found.st_uid != 0:
+                raise SteerdError(f"{path} is a link that root would follow, and root did not make it: remove it")
+        # A file with two names may be somebody else's by the other one.
+        elif found.st_uid != uid and (found.st_nlink == 1 or stat.S_ISDIR(found.st_mode)):
+            os.chown(f"/proc/self/fd/{descriptor}", uid, gid)
+    finally:
+        os.close(descriptor)

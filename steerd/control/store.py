@@ -206,7 +206,7 @@ def open_to_read(state_dir: str) -> lmdb.Environment:
 def _not_as_root(state_dir: str) -> Iterator[None]:
     """LMDB writes to lock.mdb, even to read. What it is a link to is the doing of the directory's owner, who must not
     have root write anywhere."""
-    owner = os.stat(state_dir).st_uid if os.path.exists(state_dir) else 0
+    owner = Path(state_dir).stat().st_uid if Path(state_dir).exists() else 0
     if os.geteuid() != 0 or owner == 0:
         yield
         return

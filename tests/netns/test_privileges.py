@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from steerd import privileges
+from steerd.errors import SteerdError
 from steerd.model import Extension
 from tests.netns.gateway import CLIENT4, ENDPOINT4, ROOT, Gateway, gateway
 from tests.netns.lab import Host
@@ -84,6 +87,42 @@ def with_account(directory: Path) -> list[str]:
             f"mkdir -p {ROOT}", f"mount --bind {directory}/checkout {ROOT}", f"cd {ROOT}",
         ]  # fmt: skip
     return ["unshare", "--mount", "sh", "-ec", "\n".join([*script, 'exec "$@"']), "sh"]
+
+
+@pytest.mark.parametrize("names", [(), ("lock",)])
+def test_no_link_of_others_has_root_give_away_what_is_not_steerds(tmp_path: Path, names: tuple[str, ...]) -> None:
+    others, precious = tmp_path / "others", tmp_path / "precious"
+    for directory in (others, precious):
+        directory.mkdir()
+    for name in names:
+        (precious / name).touch()
+    os.chown(others, UID, UID)
+    (others / "state").symlink_to(precious)
+    for directory in (others / "state", others / "state" / "run"):
+        with pytest.raises(SteerdError, match="is a link that others than root can make or change"):
+            privileges._hand_over("state_dir", directory, UID, UID)
+    assert all(path.stat().st_uid == 0 for path in (precious, *precious.iterdir()))
+
+    (tmp_path / "linked").symlink_to(precious)
+    privileges._hand_over("state_dir", tmp_path / "linked", UID, UID)
+    assert all(path.stat().st_uid == UID for path in (precious, *precious.iterdir()))
+
+
+def test_what_is_in_a_directory_is_given_and_links_in_it_are_not_followed(tmp_path: Path) -> None:
+    state, precious = tmp_path / "state", tmp_path / "precious"
+    precious.touch()
+    (state / "registry").mkdir(parents=True)
+    (state / "registry" / "data.mdb").touch()
+    (state / "hard").hardlink_to(precious)
+    (state / "link").symlink_to(precious)
+    privileges._hand_over("state_dir", state, UID, UID)
+    given = (state, state / "registry", state / "registry" / "data.mdb")
+    assert [path.lstat().st_uid for path in given] == [UID] * 3
+    assert [path.lstat().st_uid for path in (precious, state / "link")] == [0, 0]
+
+    os.chown(state / "link", UID, UID, follow_symlinks=False)
+    with pytest.raises(SteerdError, match=f"{state}/link is a link that root would follow"):
+        privileges._hand_over("state_dir", state, 0, 0)
 
 
 def test_as_root_it_becomes_its_user(lab: Gateway) -> None:
