@@ -122,11 +122,9 @@ def contents_of(config: Config) -> ruleset.Contents:
     def udp(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
         return tuple(endpoint for endpoint in endpoints if endpoint.protocol == UDP)
 
-    endpoints = of(lambda _service: True)
     unreplied = config.gateway.timeouts.udp_unreplied
     return ruleset.Contents(
-        endpoints=endpoints,
-        early=tcp(endpoints),
+        early=tcp(of(lambda _service: True)),
         every_syn=tcp(of(lambda service: service.unextended in (Unextended.DEFAULT, Unextended.UNMATCHED))),
         late=tcp(of(lambda service: service.is_late)),
         silent=tcp(of(lambda service: bool(service.on_silence))),

@@ -76,8 +76,8 @@ class IdleTimeouts(NamedTuple):
 class Contents(NamedTuple):
     """What the daemon keeps in the table's sets."""
 
-    endpoints: tuple[Endpoint, ...]
     early: tuple[Endpoint, ...]
+    """Every TCP endpoint."""
     every_syn: tuple[Endpoint, ...]
     late: tuple[Endpoint, ...]
     silent: tuple[Endpoint, ...]
@@ -165,11 +165,7 @@ def _fallback_mark(mark: MarkLayout, number: int) -> int:
 
 def elements(contents: Contents, version: int) -> dict[str, list[str]]:
     """What each of the daemon's sets for an IP version holds, as nft writes it."""
-    found = {
-        f"endpoints{version}": [
-            f"{e.address} . {e.protocol} . {_ports(e)}" for e in contents.endpoints if e.address.version == version
-        ]
-    }
+    found = {}
     for name, endpoints in (
         ("early", contents.early),
         ("every_syn", contents.every_syn),

@@ -208,7 +208,7 @@ def test_what_stays_the_same_is_not_touched(lab: Gateway) -> None:
     reload(lab, CONFIG + SPARE.format(first=9000))
     now_rules, now_elements = rules_and_elements(lab)
     assert {name for name in elements if elements[name] != now_elements[name]} == {
-        "aliases4", "aliases6", "datagram4", "early4", "early6", "endpoints4", "endpoints6", "late4", "late6",
+        "aliases4", "aliases6", "datagram4", "early4", "early6", "late4", "late6",
     }  # fmt: skip
     assert {chain for _, chain, _ in rules ^ now_rules} == {"idle4"}
     reload(lab, CONFIG)
@@ -228,7 +228,7 @@ def test_ranges_that_grow_and_shrink(lab: Gateway) -> None:
     for step in ((27, 9000), (27, 8990), (28, 9005), (24, 9005), (28, 9000)):
         reload(lab, text(*step))
         sets = lab.host.sh(
-            "for s in aliases4 aliases6 late4 endpoints6 wildcard4 early4; do nft list set inet steerd $s; done"
+            "for s in aliases4 aliases6 late4 early6 wildcard4 early4; do nft list set inet steerd $s; done"
         )
         assert re.findall(r"10\.66\.0\.0/\d+", sets) == [f"10.66.0.0/{step[0]}"]
         assert re.findall(r"fd00:66::/\d+", sets) == [f"fd00:66::/{step[0] + 96}"]

@@ -178,7 +178,6 @@ def endpoint(text: str, first: int, last: int | None = None) -> Endpoint:
 
 
 SETS = (
-    "endpoints",
     "early",
     "every_syn",
     "late",
@@ -213,7 +212,6 @@ def test_filling_with_ranges_and_both_families() -> None:
     pool = Pool("p", tuple(map(ipaddress.ip_network, ("10.64.0.0/16", "fd00:64::/112", "10.70.0.0/30"))))
     alias, six_alias = (Target(ipaddress.ip_address(text), 0) for text in ("10.64.0.9", "fd00:64::9"))
     contents = Contents(
-        endpoints=(one, many, six),
         early=(one, six),
         every_syn=(many,),
         late=(one, six),
@@ -239,7 +237,6 @@ def test_filling_with_ranges_and_both_families() -> None:
         ' { 2001:db8::10 . 1-65535 : "udp6_30_120" }',
     ]
     assert added == [
-        "endpoints4 { 203.0.113.10 . 6 . 443, 203.0.113.10 . 6 . 8000-8999 }",
         "early4 { 203.0.113.10 . 443 }",
         "every_syn4 { 203.0.113.10 . 8000-8999 }",
         "late4 { 203.0.113.10 . 443 }",
@@ -248,7 +245,6 @@ def test_filling_with_ranges_and_both_families() -> None:
         "rebinding4 { 203.0.113.10 . 8000-8999 }",
         "aliases4 { 10.64.0.0/16, 10.70.0.0/30 }",
         "wildcard4 { 10.64.0.0/16 . 90, 10.70.0.0/30 . 90, 10.64.0.9 . 80 }",
-        "endpoints6 { 2001:db8::10 . 6 . 1-65535 }",
         "early6 { 2001:db8::10 . 1-65535 }",
         "late6 { 2001:db8::10 . 1-65535 }",
         "silent6 { 2001:db8::10 . 1-65535 }",
@@ -287,7 +283,7 @@ def test_wildcard_elements_say_what_was_meant_and_never_overlap(wildcard: list[t
 
 def test_every_set_is_emptied_before_it_is_filled() -> None:
     pool = Pool("p", (ipaddress.ip_network("10.64.0.0/16"),))
-    lines = commands(NOTHING._replace(endpoints=(endpoint("203.0.113.10", 1),), pools=(pool,)))
+    lines = commands(NOTHING._replace(early=(endpoint("203.0.113.10", 1),), pools=(pool,)))
     for line in lines:
         if line.startswith("add element"):
             name = line.split()[4]
@@ -350,6 +346,6 @@ def test_what_becomes_of_a_plain_syn_is_said_by_the_set_its_endpoint_is_in(
     gateway_service: str, sets: set[str]
 ) -> None:
     contents = contents_of(config.parse(SERVICE + gateway_service, "steerd.toml"))
-    assert contents.endpoints == contents.early == (endpoint("203.0.113.10", 443),)
+    assert contents.early == (endpoint("203.0.113.10", 443),)
     for name in ("every_syn", "late", "silent"):
-        assert getattr(contents, name) == (contents.endpoints if name in sets else ())
+        assert getattr(contents, name) == (contents.early if name in sets else ())
