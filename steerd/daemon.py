@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from importlib import metadata
@@ -154,14 +153,14 @@ def _log_switch(config: Config) -> LogSwitch:
 
 
 class Lock(NamedTuple):
-    """What only one steerd can hold: the file in its run_dir, which names it, and a socket name, of which each network
+    """What only one steerd can hold: the file in its run_dir, which names it, and a queue, of which each network
     namespace has one. Two daemons with different directories would take each other's aliases away."""
 
     file: IO[str]
-    name: socket.socket
+    reservation: queue.Reservation
 
     def release(self) -> None:
-        self.name.close()
+        self.reservation.close()
         self.file.close()
 
 
@@ -185,14 +184,14 @@ def take_lock(run_dir: str) -> Lock:
         handle.flush()
     except OSError as error:
         raise SteerdError(f"{path} cannot be written: {error.strerror}") from error
-    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        name.bind("\0steerd")
-    except OSError:
-        name.close()
+        return Lock(handle, queue.Reservation())
+    except KernelError as error:
         handle.close()
-        raise SteerdError("another steerd, with another run_dir, runs in this network namespace already") from None
-    return Lock(handle, name)
+        raise SteerdError(
+            f"{error}: another steerd, with another run_dir, runs in this network namespace already, or this one may"
+            " not use queues at all (it takes CAP_NET_ADMIN)"
+        ) from None
 
 
 def down(config: Config) -> aliases.Changes:

@@ -42,7 +42,9 @@ _VERDICT = 3 << 8 | 1
 _VERDICT_HEADER, _MARK, _PAYLOAD = 2, 3, 10
 _CONFIG = 3 << 8 | 2
 """NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG."""
-_COMMAND, _PF_UNBIND = 1, 4
+_COMMAND, _BIND, _PF_UNBIND = 1, 1, 4
+RESERVED = 65535
+"""The number of a queue that takes no packets (`Reservation`)."""
 _STATES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 _DROP, _ACCEPT = 0, 1
 _TWO_NUMBERS = struct.Struct("!II").pack
@@ -135,6 +137,27 @@ class Queue:
 
 def _header(verdict: int, id_: int = 0) -> bytes:
     return attribute(_VERDICT_HEADER, _TWO_NUMBERS(verdict, id_))
+
+
+class Reservation:
+    """What only one process of a network namespace can have, until it ends: a queue, to which no rule leads. Unlike a
+    name that anybody may take (an abstract socket's), it needs CAP_NET_ADMIN. Raises KernelError."""
+
+    def __init__(self) -> None:
+        self._netlink = Nfnetlink()
+        asked = f"NFQUEUE {RESERVED} cannot be reserved"
+        bind = attribute(_COMMAND, struct.pack("!BxH", _BIND, 0))
+        try:
+            self._netlink.send(message(_CONFIG, REQUEST | ACK, 0, 0, RESERVED, bind))
+            (answer,) = self._netlink.receive(asked)
+            if answer.error:
+                raise KernelError(f"{asked}: {os.strerror(answer.error)}")
+        except BaseException:
+            self._netlink.close()
+            raise
+
+    def close(self) -> None:
+        self._netlink.close()
 
 
 class QueueState(NamedTuple):

@@ -62,8 +62,11 @@ def steers(lab: Gateway) -> None:
 
 
 def test_as_root_it_keeps_two_capabilities(lab: Gateway) -> None:
-    """Where there is no user for it (or it is told to stay root)."""
+    """Where there is no user for it (or it is told to stay root); no name that anybody may take keeps it away."""
     lab.configure(CONFIG)
+    squat = "import signal, socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.bind(chr(0) + 'steerd')"
+    squatter = lab.spawn(lab.host, sys.executable, "-c", f"{squat}; print('there', flush=True); signal.pause()")
+    assert squatter.stdout is not None and squatter.stdout.readline() == "there\n"
     lab.start()
     lab.respond(("10.64.0.0", 16, 8080), ("fd00:64::", 16, 8080))
     assert lab.daemon is not None

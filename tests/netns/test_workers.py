@@ -189,6 +189,12 @@ def test_a_second_daemon_is_refused(lab: Gateway) -> None:
     said = lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.main run {lab.config} 2>&1 || echo status $?")
     assert "steerd runs already, as process" in said
     assert said.endswith("status 1\n")
+    other = lab.directory / "other.toml"
+    other.write_text(lab.config.read_text().replace(f"{lab.directory}/run", f"{lab.directory}/other-run"))
+    assert "other-run" in other.read_text()
+    said = lab.host.sh(f"cd {ROOT}; {sys.executable} -m steerd.cli.main run {other} 2>&1 || echo status $?")
+    assert "another steerd, with another run_dir, runs in this network namespace already" in said
+    assert said.endswith("status 1\n")
 
 
 def test_aliases_that_somebody_removed_come_back(lab: Gateway) -> None:

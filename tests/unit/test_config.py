@@ -646,7 +646,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         gateway("first_queue = 65535\nworkers = 2"),
-        "gateway.first_queue: With 2 workers the last queue would be 65536; the highest is 65535.",
+        "gateway.first_queue: With 2 workers the last queue would be 65536; the highest is 65534.",
     ),
     (
         gateway("api = { read_only_group = 'a b' }"),
