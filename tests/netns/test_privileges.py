@@ -123,6 +123,10 @@ def test_what_is_in_a_directory_is_given_and_links_in_it_are_not_followed(tmp_pa
     assert [path.lstat().st_uid for path in given] == [UID] * 3
     assert [path.lstat().st_uid for path in (precious, state / "link")] == [0, 0]
 
+    (state / "bind-7").symlink_to("0a000001 web 6162")
+    os.chown(state / "bind-7", UID, UID, follow_symlinks=False)
+    privileges._hand_over("state_dir", state, 0, 0)
+    privileges._hand_over("state_dir", state, UID, UID)
     os.chown(state / "link", UID, UID, follow_symlinks=False)
     with pytest.raises(SteerdError, match=f"{state}/link is a link that root would follow"):
         privileges._hand_over("state_dir", state, 0, 0)
