@@ -160,6 +160,10 @@ class Counters:
     def create(cls, path: Path, workers: int) -> Counters:
         """Map the file at `path`; what was counted in it stays if it has the same shape, else it starts from zero."""
         size = (HEADER_WORDS + MAX_SERIES * _NAME_WORDS + workers * SLOT_WORDS) * 8
+        if path.exists() and path.stat().st_size != size:
+            # Not cut: whoever has it mapped (a worker that is about to end, steerctl top) would be killed by its next
+            # look.
+            path.unlink()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.ftruncate(descriptor, size)

@@ -349,3 +349,14 @@ def test_many_connections_are_too_many_for_all_together(api: Served, monkeypatch
             assert made.recv(65536).startswith(b"HTTP/1.1 200")
         with connected(api) as made:
             assert everything(made) == b""
+
+
+def test_those_who_may_not_enter_keep_nobody_else_out() -> None:
+    door = Door("api.sock", (990,), "root and the group x", read_only=False, on_refused=lambda _text: None)
+    strangers = [Peer(pid, 2000 + pid, frozenset()) for pid in range(2 * peers.MAX_CONNECTIONS)]
+    inside = [stranger for stranger in strangers if door.enter(stranger)]
+    assert len(inside) == peers.MAX_CONNECTIONS_OF_USER
+    assert door.enter(Peer(1, 0, frozenset()))
+    for stranger in inside:
+        door.leave(stranger)
+    assert door.enter(strangers[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def test_what_a_worker_counts_is_seen_by_all_at_once(tmp_path: Path) -> None:
         assert [counters.slot(number)[Reason.ROUTE] for number in range(3)] == [5, 0, 2]
         assert counters.total(Extra.LOADED) == 1
         assert counters.total(Reason.DEFAULT) == 0
+
+
+def test_who_has_the_file_mapped_goes_on_to_see_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "counters"
+    Counters.create(path, 2).slot(1)[Gauge.PENDING_BYTES] = 7
+    looking = Counters.open(path)
+    with path.open("rb") as before:
+        Counters.create(path, 1)
+        assert os.fstat(before.fileno()).st_size > path.stat().st_size
+    assert looking.slot(1)[Gauge.PENDING_BYTES] == 7
 
 
 def test_no_two_counters_share_a_word(tmp_path: Path) -> None:

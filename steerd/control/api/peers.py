@@ -23,6 +23,7 @@ from steerd.control.api.seldom import Seldom
 MAX_CONNECTIONS = 256
 """To one socket."""
 MAX_CONNECTIONS_OF_USER = 64
+"""All who may not use it count as one user together, and keep nobody out."""
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; Python does not name it
 _CREDENTIALS = struct.Struct("=iII")
 _MOST_BYTES = 1024  # Python's getsockopt gives no more: 256 groups
@@ -63,7 +64,8 @@ class Door:
         self._whom = whom
         self._say = Seldom(on_refused)
         self._own_user = os.geteuid()
-        self._inside: Counter[int] = Counter()
+        self._inside: Counter[int | None] = Counter()
+        """By user; None: who may not enter."""
 
     def may_enter(self, peer: Peer) -> bool:
         """Whether this peer may use the socket."""
@@ -75,19 +77,24 @@ class Door:
 
     def enter(self, peer: Peer) -> bool:
         """Count a new connection; False if there are too many. Each that was counted ends with `leave`."""
-        if self._inside.total() >= MAX_CONNECTIONS or self._inside[peer.uid] >= MAX_CONNECTIONS_OF_USER:
+        user = self._user(peer)
+        if self._inside.total() >= MAX_CONNECTIONS or self._inside[user] >= MAX_CONNECTIONS_OF_USER:
             self._tell(peer, "has, or all together have, too many connections")
             return False
-        self._inside[peer.uid] += 1
+        self._inside[user] += 1
         if not self.may_enter(peer):
             self._tell(peer, f"was refused: it is for {self._whom}")
         return True
 
     def leave(self, peer: Peer) -> None:
         """One connection of this peer has ended."""
-        self._inside[peer.uid] -= 1
-        if not self._inside[peer.uid]:
-            del self._inside[peer.uid]
+        user = self._user(peer)
+        self._inside[user] -= 1
+        if not self._inside[user]:
+            del self._inside[user]
+
+    def _user(self, peer: Peer) -> int | None:
+        return peer.uid if self.may_enter(peer) else None
 
     def _tell(self, peer: Peer, what: str) -> None:
         self._say(peer.uid, f"{self._name}: the user {peer.uid} (process {peer.pid}) {what}")
