@@ -2059,7 +2059,8 @@ class _Conditions:
             return parser
         if parser is not None:
             raise ValueError(f'Is a key of the parser "{parser}", which inspect does not name.')
-        raise ValueError(f"Is not a key of any parser; {_instead(key, [k for keys in self.key_order for k in keys])}")
+        readable = [k for keys in self.key_order for k in keys]
+        raise ValueError(f"Is not a key of any parser{f'; {_instead(key, readable)}' if readable else '.'}")
 
 
 def _check_ids(gateway: Gateway, services: list[Service], reader: _Reader) -> None:

@@ -794,7 +794,7 @@ class Daemon:
         for key in FIXED:
             if attrgetter(key)(new.gateway) != attrgetter(key)(old.gateway):
                 name = "mark_bits" if key == "mark" else key
-                raise SteerdError(f"{new.file}: gateway.{name} changed, which needs a restart of the daemon")
+                raise SteerdError(f"{new.file}: gateway.{name} changed, which needs a restart of the daemon.")
         if sentence := privileges.lacking(new):
             raise SteerdError(sentence)
         if new.pools != old.pools:

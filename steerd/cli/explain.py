@@ -109,6 +109,15 @@ def explain(config: Config, question: FromCommandLine, *, from_registry: bool, a
     cannot be understood."""
     with _bad_parameters():
         note, told = _told(config, question, from_registry=from_registry)
+    return _say(note, told, as_json)
+
+
+def explain_by_daemon(run_dir: str, asked: Asked, *, as_json: bool) -> int:
+    """As `explain`, where there is no configuration to look at but only the daemon; raises what its API does."""
+    return _say(*_by_daemon(run_dir, asked), as_json)
+
+
+def _say(note: str, told: list[ExplanationView], as_json: bool) -> int:
     if not told:
         raise SteerdError("Nothing here decides anything: there is no SYN, first payload or datagram to an endpoint.")
     if as_json:
@@ -143,7 +152,7 @@ def _told(config: Config, question: FromCommandLine, *, from_registry: bool) -> 
                 reader, why_not = None, f" ({error})"
                 with contextlib.suppress(NoAnswerError, ForbiddenError):
                     if asked.to is not None:
-                        return _by_daemon(config, asked)
+                        return _by_daemon(config.gateway.run_dir, asked)
         if reader is None:
             directory = held.enter_context(tempfile.TemporaryDirectory(prefix="steerd-explain-"))
             registry = Registry(directory)
@@ -162,10 +171,10 @@ def _told(config: Config, question: FromCommandLine, *, from_registry: bool) -> 
         return note, [control.view(each) for each in found]
 
 
-def _by_daemon(config: Config, asked: Asked) -> tuple[str, list[ExplanationView]]:
+def _by_daemon(run_dir: str, asked: Asked) -> tuple[str, list[ExplanationView]]:
     """What the API says. Raises SteerdError."""
     body = msgspec.to_builtins(control.question_of(asked))
-    answer = client.request(config.gateway.run_dir, "POST", "explain", body=body)
+    answer = client.request(run_dir, "POST", "explain", body=body)
     return "By the daemon, which was asked.", msgspec.convert(answer["explanations"], list[ExplanationView])
 
 

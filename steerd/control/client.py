@@ -17,6 +17,7 @@ from steerd.errors import ForbiddenError, NoAnswerError, SteerdError
 
 _TIMEOUT_SECONDS = 60.0
 _PIECE = 1 << 18
+_PREDICATES = ("Is ", "Has ", "Must ", "Cannot ")
 
 
 def socket_path(run_dir: str) -> Path:
@@ -76,6 +77,12 @@ def _door(run_dir: str, method: str) -> Path:
     return read_only if method == "GET" and may_look_only else path
 
 
+def _sentence(problem: dict[str, Any]) -> str:
+    """What is wrong, with its subject: some messages say only what a field is, has, or must be."""
+    field, message = problem["field"], str(problem["message"])
+    return f"{field}: {message}" if field and message.startswith(_PREDICATES) else message
+
+
 @contextmanager
 def _asked(
     run_dir: str,
@@ -96,7 +103,7 @@ def _asked(
         response = connection.getresponse()
         if response.status >= 300:
             kind = ForbiddenError if response.status == HTTPStatus.FORBIDDEN else SteerdError
-            raise kind(json.loads(response.read())["message"])
+            raise kind(_sentence(json.loads(response.read())))
         yield response
     except PermissionError:
         raise ForbiddenError(f"{where} may not be used by you; be root, or in the group steerd.") from None

@@ -319,7 +319,7 @@ class LeaseTable:
         ended, what `Effects` raise, and the lease has ended all the same."""
         views = self._end([name], now, lambda _: True)
         if not views:
-            raise _no_lease()
+            raise _no_lease(name)
         return views[0]
 
     def renew(self, name: str, ttl: int | None, now: float) -> LeaseView:
@@ -613,7 +613,7 @@ class LeaseTable:
     def _existing(self, txn: lmdb.Transaction[bytes], name: str) -> _Lease:
         lease = self._get(txn, name)
         if lease is None:
-            raise _no_lease()
+            raise _no_lease(name)
         return lease
 
     def _get(self, txn: lmdb.Transaction[bytes], name: str) -> _Lease | None:
@@ -638,8 +638,8 @@ _decode = msgspec.msgpack.Decoder(_Lease).decode
 _decode_released = msgspec.msgpack.Decoder(_Released).decode
 
 
-def _no_lease() -> RequestError:
-    return RequestError("not_found", "name", "There is no lease of this name.")
+def _no_lease(name: str) -> RequestError:
+    return RequestError("not_found", "name", f"There is no lease of the name {name}.")
 
 
 def _address(text: str) -> IPAddress:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import enum
 import re
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from typing import Generic, NamedTuple, TypeVar
@@ -71,7 +72,7 @@ class Starter(NamedTuple):
     user: str = ""
 
     def __str__(self) -> str:
-        return self.unit or self.command[0]
+        return self.unit or shlex.join(self.command)
 
 
 class Wake(NamedTuple):

@@ -205,7 +205,7 @@ def test_the_client_looks_at_the_read_only_socket_if_it_may_not_use_the_other(
     with pytest.raises(ForbiddenError, match="/v1/leases is not for the read-only socket"):
         ask("GET", "leases")
     with pytest.raises(
-        SteerdError, match="There is no lease of this name"
+        SteerdError, match="There is no lease of the name "
     ):  # what changes something is asked for at the other one, as ever
         ask("POST", "leases", "none", "renew")
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from steerd import config as configuration
+from steerd import paths
 from steerd.cli import ctl
+from steerd.cli.ctl import show
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 from tests.unit.test_api import Served, serving
@@ -155,3 +160,47 @@ def test_names_are_completed_from_a_running_daemon(api: Served, shell: str, line
     said = offered(shell, line, STEERD_CONFIG=str(api.run_dir / "steerd.toml"))
     assert LINES[line] in said
     assert {"bob", "names", "others"}.isdisjoint(said.split())
+
+
+def test_what_is_wrong_with_a_value_is_said_of_its_field(api: Served) -> None:
+    with pytest.raises(
+        SteerdError, match=r'^when\.http\.hots: Is not a key of any parser; did you mean "http\.host"\?$'
+    ):
+        steerctl(api, "route", "add", "web", "10.64.0.5:80", "--key", "http.hots=b.example")
+    with pytest.raises(SteerdError, match=r"^There is no lease of the name carol\.$"):
+        steerctl(api, "lease", "renew", "carol")
+
+
+def test_a_terminal_shows_only_columns_with_words_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [{"a": "one", "b": ""}, {"a": "two", "b": ""}]
+    monkeypatch.setenv("TERM", "dumb")
+    looks = show.List("few", ("a", "b"), lambda each: (each["a"], each["b"]))
+    printed = io.StringIO()
+    monkeypatch.setattr(printed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", printed)
+    show.table(looks, found, is_all=True)
+    assert [line.split() for line in printed.getvalue().splitlines()] == [["few"], ["a"], [ANY], ["one"], ["two"]]
+    printed.seek(0)
+    printed.truncate()
+    show.table(looks, [], is_all=True)
+    assert printed.getvalue().splitlines()[1].split() == ["a", "b"]
+
+
+def test_explain_asks_the_daemon_where_the_default_configuration_is_not(
+    api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "CONFIG", api.run_dir / "none.toml")
+    monkeypatch.setattr(paths, "RUN_DIR", str(api.run_dir))
+    arguments = (
+        "explain",
+        "--config",
+        str(paths.CONFIG),
+        "--to",
+        "203.0.113.10:53/udp",
+        "--key",
+        "dns.qname=a.example",
+    )
+    result = RUNNER.invoke(ctl.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "By the daemon, which was asked." in result.stdout
+    assert "steered to 10.64.0.4:53" in result.stdout

@@ -247,7 +247,7 @@ def test_a_release_takes_all_of_it_away_and_the_name_gets_it_back(lab: Lab) -> N
     assert lab.kernel.ended == ["10.64.0.0", "fd00:64::"]
     assert worker.ask("a.example") is None
     assert lab.addresses() == {}
-    with pytest.raises(RequestError, match="There is no lease of this name"):
+    with pytest.raises(RequestError, match="There is no lease of the name "):
         lab.registry.leases.release("a", NOW)
     for again in (False, True):
         if again:
@@ -366,7 +366,7 @@ def test_a_lease_ends_with_its_time_unless_it_is_renewed(lab: Lab) -> None:
     leases = lab.registry.leases
     assert {view.name for view in leases.expire(NOW + 100)} == {"b", "c"}
     assert leases.expire(NOW + 100) == []
-    with pytest.raises(RequestError, match="There is no lease of this name"):
+    with pytest.raises(RequestError, match="There is no lease of the name "):
         leases.renew("b", None, NOW)
     leases.release("d", NOW)
     assert leases.expire(NOW + 10000) == []

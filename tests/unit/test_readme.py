@@ -114,7 +114,7 @@ def test_what_a_reload_cannot_change() -> None:
     for key in names - {"mark"}:
         attrgetter(key)(config.parse("", "").gateway)
     running = SimpleNamespace(_config=config.parse("", ""))
-    with pytest.raises(SteerdError, match=r"^new: gateway\.mark_bits changed, which needs a restart of the daemon$"):
+    with pytest.raises(SteerdError, match=r"^new: gateway\.mark_bits changed, which needs a restart of the daemon\.$"):
         daemon.Daemon._apply(cast(daemon.Daemon, running), config.parse('[gateway]\nmark_bits = "0-23"', "new"))
 
 

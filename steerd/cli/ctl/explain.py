@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from steerd.cli import options
+from steerd.cli.ctl import ask
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 
 
@@ -29,10 +32,15 @@ def explain(
     Exit status: 0 steered, 1 not steered, 2 bad configuration or usage.
     """
     from steerd import config as configuration
+    from steerd import paths
     from steerd.cli import explain as explaining
 
     question = explaining.asked(
         capture, hexadecimal, live_seconds, to, client, sni, host, path, key, extension, source_extension
     )
-    status = explaining.explain(configuration.load(config), question, from_registry=True, as_json=as_json)
+    if config == paths.CONFIG and not os.access(config, os.R_OK) and question.asked.to is not None:
+        # As of all commands: the daemon that runs with another file is there to be asked.
+        status = explaining.explain_by_daemon(ask.run_dir(config), question.asked, as_json=as_json)
+    else:
+        status = explaining.explain(configuration.load(config), question, from_registry=True, as_json=as_json)
     raise typer.Exit(status)

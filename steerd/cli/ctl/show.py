@@ -56,13 +56,21 @@ def listed(
 
 
 def table(looks: List, found: list[dict[str, Any]], *, is_all: bool) -> None:
-    """A table, and whether it is all."""
+    """A table, and whether it is all. On a terminal it has no more than it needs, since there the width is what lacks:
+    no lines between columns, and no column without a word in it."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(*looks.columns, title=looks.title)
-    for each in found:
-        made.add_row(*(Text(text, overflow="fold") for text in looks.row(each)))
+    columns, rows = looks.columns, [looks.row(each) for each in found]
+    if sys.stdout.isatty():
+        used = [place for place in range(len(columns)) if not rows or any(row[place] for row in rows)]
+        columns, rows = tuple(columns[place] for place in used), [tuple(row[place] for place in used) for row in rows]
+        made = Table(*columns, title=looks.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    else:
+        made = Table(*columns, title=looks.title)
+    for row in rows:
+        made.add_row(*(Text(text, overflow="fold") for text in row))
     console().print(made)
     if not is_all:
         typer.echo("There are more; see --limit.")

@@ -46,6 +46,8 @@ def status(
         state = client.request(run_dir, "GET", "status", timeout=_SECONDS)
         is_running = True
     except NoAnswerError as error:
+        if not path.exists():  # the default one, else this were not reached
+            raise
         state, is_running = _left_behind(path), False
         if not as_json:
             typer.echo(f"{str(error)[0].upper()}{str(error)[1:]} What it had counted:\n")
@@ -116,7 +118,7 @@ def in_short(state: dict[str, Any], is_running: bool) -> list[str]:
         since = f"{show.moment(machine['started'])}, for {show.duration(show.age(machine['started']))}"
         lines.append(f"steerd {machine['version']} runs as process {machine['pid']} since {since}.")
     if machine["refused_reload"] is not None:
-        lines += _labelled("reload", f"REFUSED: {machine['refused_reload']}", most=2)
+        lines += _labelled("reload", f"REFUSED: {machine['refused_reload']} (`steerctl reload` says why)", most=2)
     lines += _labelled("configuration", state["file"], most=2)
     if holds is not None:
         routes = holds["static_routes"] + holds["dynamic_routes"]
