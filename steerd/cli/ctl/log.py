@@ -48,7 +48,7 @@ def access(
     """Log decisions, at the level info, each on a line: with its client, keys, route and target."""
     number = _WORDS.get(what, int(what) if what.isdecimal() and what.isascii() else None)
     if number is None:
-        raise UsageError(f"Must be all, off, or a whole number N for one of N decisions, not {what!r}.")
+        raise UsageError(f"What is logged must be all, off, or a whole number N for one of N decisions, not {what!r}.")
     _put(config, as_json, access_log=number)
 
 

@@ -21,7 +21,7 @@ def export_registry(
     config: Config = DEFAULT_CONFIG,
     as_json: Annotated[bool, typer.Option("--json", help="As without: an export is JSON in any case.")] = True,  # noqa: ARG001
 ) -> None:
-    """Write routes that were added, and leases, to standard output: one JSON object a line."""
+    """Write to standard output what was added: routes, leases and their quarantine, drains; one JSON object a line."""
     from steerd.control import client
 
     for piece in client.download(ask.run_dir(config), "export"):
@@ -36,7 +36,7 @@ def import_registry(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Add the routes and leases of a file, ten thousand at a time; nothing is removed, and what is there stays."""
+    """Add what `export` wrote, ten thousand lines at a time; nothing is removed, and what is there stays."""
     from steerd.control import client
 
     run_dir = ask.run_dir(config)
