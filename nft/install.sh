@@ -204,17 +204,23 @@ lock_sysctls() {
 	mkdir -p "$run_dir"
 	exec 9<"$run_dir"
 	flock 9
-	[ ! -e "$saved" ] || ! grep -vEq '^[a-z0-9_.]+ [0-9]+ [0-9]+$' "$saved" ||
+	[ ! -e "$saved" ] || ! grep -vEq '^net\.[a-z0-9_.]+ [0-9]+ [0-9]+$' "$saved" ||
 		die "$saved must have lines of a name and two numbers: set the sysctls back by hand and remove it"
 }
 
 # save_sysctl NAME NOW VALUE: the value before the first change stays, whoever has changed it since.
 save_sysctl() {
 	first=$(sed -n "s/^$1 \([0-9]*\) .*/\1/p" "$saved")
-	sed "/^$1 /d" "$saved" >"$saved.new"
-	echo "$1 ${first:-$2} $3" >>"$saved.new"
+	rm -f "$saved.new"
+	{ sed "/^$1 /d" "$saved" && echo "$1 ${first:-$2} $3"; } | new_file "$saved.new"
 	mv "$saved.new" "$saved"
 }
+
+# new_file PATH: what is read, in a file that was not there, nor a link: DIR may be another user's.
+new_file() (
+	set -C
+	cat >"$1"
+)
 
 set_sysctls() {
 	lock_sysctls
@@ -223,7 +229,7 @@ set_sysctls() {
 		now=$(sysctl_now "$name")
 		! sysctl_fits "$now" "$condition" "$value" || continue
 		[ -w "$(sysctl_file "$name")" ] || continue
-		[ -e "$saved" ] || : >"$saved"
+		[ -e "$saved" ] || new_file "$saved" </dev/null
 		save_sysctl "$name" "$now" "$value"
 		sysctl_set "$name" "$value"
 		echo "sysctl $name is changed from $now to $value"

@@ -236,7 +236,7 @@ def _all_kept(run_dir: Path) -> dict[str, _Kept]:
     path = run_dir / SAVED
     kept = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        if not re.fullmatch(r"[a-z0-9_.]+ [0-9]+ [0-9]+", line):
+        if not re.fullmatch(r"net\.[a-z0-9_.]+ [0-9]+ [0-9]+", line):
             raise KernelError(
                 f"{path} must have lines of a name and two numbers: set the sysctls back by hand and remove it"
             )

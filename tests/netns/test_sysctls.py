@@ -212,13 +212,31 @@ def test_what_somebody_has_changed_since_is_left_alone(host: Host, tmp_path: Pat
     assert values(host, LOOSE, TIMESTAMPS, SCALING) == [1, 2, 0]
 
 
+def test_the_script_writes_through_no_link(host: Host, tmp_path: Path) -> None:
+    """The directory belongs to steerd's user, and the script is run by root."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("root's own")
+    (run / "sysctls.new").symlink_to(victim)
+    host.sh(f"sysctl -qw {LOOSE}=1")
+    by_shell(host, run, "apply")
+    assert values(host, LOOSE) == [0]
+    assert victim.read_text() == "root's own"
+    by_shell(host, run, "restore")
+    (run / "sysctls").symlink_to(tmp_path / "made")
+    with pytest.raises(AssertionError):
+        by_shell(host, run, "apply")
+    assert not (tmp_path / "made").exists()
+
+
 @SIDES
-def test_a_damaged_file_is_neither_believed_nor_overwritten(host: Host, tmp_path: Path, side: Side) -> None:
-    (tmp_path / "sysctls").write_text(f"{LOOSE} one 0\n")
+@pytest.mark.parametrize("text", [f"{LOOSE} one 0\n", "kernel.randomize_va_space 0 2\n"])
+def test_a_damaged_file_is_neither_believed_nor_overwritten(host: Host, tmp_path: Path, side: Side, text: str) -> None:
+    (tmp_path / "sysctls").write_text(text)
     for action in ("apply", "restore"):
         with pytest.raises((KernelError, AssertionError), match="sysctls must have lines of a name and two numbers: "):
             side(host, tmp_path, action)
-    assert (tmp_path / "sysctls").read_text() == f"{LOOSE} one 0\n"
+    assert (tmp_path / "sysctls").read_text() == text
     assert values(host, LOOSE) == [1]
 
 

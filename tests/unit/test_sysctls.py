@@ -150,7 +150,7 @@ def test_a_missing_one_that_must_be_set_stops_it_before_any_change(
     assert sysctls.apply(tmp_path) == []
 
 
-@pytest.mark.parametrize("text", [f"{LOOSE} 1\n", f"{LOOSE} one 0\n", "../../etc/passwd 1 0\n", "\n"])
+@pytest.mark.parametrize("text", [f"{LOOSE} 1\n", f"{LOOSE} one 0\n", "../../etc/passwd 1 0\n", "\n", "kernel.x 0 1\n"])
 def test_a_damaged_file_is_neither_believed_nor_overwritten(
     proc: Callable[..., Path], tmp_path: Path, text: str
 ) -> None:
