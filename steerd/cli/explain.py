@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
+import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -124,9 +127,10 @@ def _say(note: str, told: list[ExplanationView], as_json: bool) -> int:
         views = [msgspec.to_builtins(each) for each in told]
         typer.echo(json.dumps({"note": note, "explanations": views}, indent=2))
     else:
-        typer.echo(note)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo("\n".join(_wrapped(note, width)))
         for each in told:
-            typer.echo("\n" + as_text(each))
+            typer.echo("\n" + as_text(each, width))
     return EXIT_STEERED if all(each.outcome == Outcome.STEER.value for each in told) else EXIT_NOT_STEERED
 
 
@@ -259,12 +263,23 @@ def listen(seconds: float) -> Iterator[bytes]:
 # ---- how it looks ----
 
 
-def as_text(told: ExplanationView) -> str:
-    """For people: one line for what becomes of it, and one for each step."""
+def as_text(told: ExplanationView, width: int | None = None) -> str:
+    """For people: one line for what becomes of it, and one for each step; a step that is longer than `width` is
+    continued below its beginning."""
     lines = [_title(told)]
     for about, text in ((step.about, step.text) for step in told.steps):
-        lines.append(f"  {about:<11} {text}: {told.meaning}" if about == "reason" else f"  {about:<11} {text}")
+        line = f"  {about:<11} {text}: {told.meaning}" if about == "reason" else f"  {about:<11} {text}"
+        lines += _wrapped(line, width, indent=14)
     return "\n".join(lines)
+
+
+def _wrapped(line: str, width: int | None, indent: int = 0) -> list[str]:
+    if width is None:
+        return [line]
+    # What is too long for a line, or has a hyphen in it, may be a name to copy.
+    return textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _title(told: ExplanationView) -> str:

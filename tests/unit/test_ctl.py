@@ -19,6 +19,8 @@ from steerd import config as configuration
 from steerd import paths
 from steerd.cli import ctl
 from steerd.cli.ctl import show
+from steerd.cli.explain import as_text
+from steerd.control.explain import ExplanationView, StepView
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
 from tests.unit.test_api import Served, serving
@@ -204,3 +206,17 @@ def test_explain_asks_the_daemon_where_the_default_configuration_is_not(
     assert result.exit_code == 0, result.output
     assert "By the daemon, which was asked." in result.stdout
     assert "steered to 10.64.0.4:53" in result.stdout
+
+
+def test_an_explanation_fits_a_terminal() -> None:
+    step = StepView("table", "handshake4: the decision is noted in bound4; synproxy checks the cookie, and opens it.")
+    told = ExplanationView(
+        "198.51.100.7:5000", "203.0.113.10:80/tcp", "early", None, None, None, None, {}, None, None, None, [], [], [],
+        [step],
+    )  # fmt: skip
+    assert as_text(told).splitlines()[1:] == [f"  table       {step.text}"]
+    wrapped = as_text(told, 60).splitlines()[1:]
+    assert len(wrapped) == 2
+    assert max(map(len, wrapped)) <= 60
+    assert wrapped[1].startswith(" " * 14)
+    assert " ".join(line.strip() for line in wrapped).removeprefix("table       ") == step.text
