@@ -181,7 +181,8 @@ class DrainTable:
             raise RequestError(
                 "conflict",
                 "target",
-                f"What leads to {place.address} keeps the port that the client used; drain {place.address} as a whole.",
+                f"{place.address}:same, which is or was a target, keeps the port that the client used; drain"
+                f" {place.address} as a whole.",
             )
 
     def _on_new_ids(self, block: Block, port: int, ids: IdBlock) -> None:
