@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -46,6 +48,7 @@ _VLAN = (b"\x81\x00", b"\x88\xa8")
 _ETH_P_ALL = 3
 _LONGEST = 1 << 18
 _RECEIVE_BUFFER = 8 << 20
+_LAST_SECONDS = 1.0
 _OPTIONS = {"client": "--from"}
 """Fields of a question whose options have other names."""
 
@@ -187,12 +190,7 @@ def _arrived(question: FromCommandLine) -> list[Packet]:
     if question.capture is not None:
         return list(control.first_packets(_parsed(read_capture(question.capture))))
     if question.live is not None:
-        # One by one: what came before Ctrl-C stays.
-        arrived: list[Packet] = []
-        with contextlib.suppress(KeyboardInterrupt):
-            for packet in control.first_packets(_parsed(listen(question.live))):
-                arrived.append(packet)
-        return arrived
+        return list(control.first_packets(_parsed(listen(question.live))))
     return control.packets_of(question.asked) if question.asked.to is None else []
 
 
@@ -241,23 +239,52 @@ def ip_packet(link_type: int, frame: bytes) -> bytes | None:
 
 
 def listen(seconds: float) -> Iterator[bytes]:
-    """The IP packets that arrive in this network namespace for so long. Raises SteerdError without the right to."""
+    """The IP packets that arrive in this network namespace for so long, or until Ctrl-C. Raises SteerdError without the
+    right to."""
     try:
         link = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
     except PermissionError as error:
         raise SteerdError("A live capture needs CAP_NET_RAW: run it as root.") from error
-    with link:
+    with link, _interrupts() as interrupt:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         typer.echo(f"Looking for {seconds:g} s at what arrives; Ctrl-C ends it earlier.", err=True)
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            link.settimeout(left)
-            try:
-                data, about = link.recvfrom(_LONGEST)
-            except TimeoutError:
-                return
-            if about[2] != socket.PACKET_OUTGOING:
-                yield data
+            ready, _, _ = select.select([link, interrupt], [], [], left)
+            if interrupt in ready:
+                break
+            if link in ready:
+                yield from _next_packet(link)
+        # What has come by then may still wait to be read; while more and more comes, it is not waited for.
+        end = time.monotonic() + _LAST_SECONDS
+        while select.select([link], [], [], 0)[0] and time.monotonic() < end:
+            yield from _next_packet(link)
+
+
+def _next_packet(link: socket.socket) -> Iterator[bytes]:
+    data, about = link.recvfrom(_LONGEST)
+    if about[2] != socket.PACKET_OUTGOING:
+        yield data
+
+
+@contextmanager
+def _interrupts() -> Iterator[socket.socket]:
+    """A socket that becomes readable with Ctrl-C, which interrupts nothing meanwhile. Ignored, it stays so."""
+    hears, tells = socket.socketpair()
+    with hears, tells:
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            tells.setblocking(False)
+            signal.signal(signal.SIGINT, lambda _number, _frame: _tell(tells))
+        try:
+            yield hears
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _tell(tells: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):  # full of what was told before
+        tells.send(b"\0")
 
 
 # ---- how it looks ----
