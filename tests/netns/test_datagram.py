@@ -6,8 +6,10 @@ Topology: tests/netns/gateway.py. Real QUIC and DNS programs are in test_datagra
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -64,9 +66,9 @@ def flows(lab: Gateway) -> Gateway:
     return lab
 
 
-def respond(lab: Gateway, port: int, *numbers: int) -> None:
+def respond(lab: Gateway, port: int, *numbers: int) -> subprocess.Popen[str]:
     runs = [(ALIAS[version].format(number), 1, port) for version in (4, 6) for number in numbers]
-    lab.respond(*runs, program="udp_responder")
+    return lab.respond(*runs, program="udp_responder")
 
 
 def client(lab: Gateway, version: int, port: int = 500, source: int = 0) -> socket.socket:
@@ -204,14 +206,19 @@ def test_a_flow_from_before_the_table_is_steered_when_the_daemon_comes(lab: Gate
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_an_answer_after_its_flow_is_forgotten_is_dropped(flows: Gateway, version: int) -> None:
+def test_an_answer_after_its_flow_is_forgotten_is_dropped(lab: Gateway, version: int) -> None:
     """It would leave with the alias as its source, and be in the way of the client's next flow."""
-    with client(flows, version) as asking:
+    lab.configure(POOL + FLOWS)
+    lab.start()
+    daemon = respond(lab, 9000, 1, 2)
+    assert daemon.stdout is not None
+    with client(lab, version) as asking:
         assert answer(asking, b"a")[0] == name(version, 1, 9000)
-        asking.send(b"later0.5")
-        time.sleep(0.2)
-        flows.host.sh("conntrack -D -p udp" + (" -f ipv6" if version == 6 else ""))
-        flows.wait(lambda: flows.counters()["orphans"] == 1, "the answer is dropped")
+        asking.send(b"held")
+        assert daemon.stdout.readline() == "held\n"
+        lab.host.sh("conntrack -D -p udp" + (" -f ipv6" if version == 6 else ""))
+        daemon.send_signal(signal.SIGUSR1)
+        lab.wait(lambda: lab.counters()["orphans"] == 1, "the answer is dropped")
         assert answer(asking, b"b") == (
             name(version, 2, 9000), f"{CLIENT[version]} {asking.getsockname()[1]}", b"b"
         )  # fmt: skip

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import signal
 import socket
 import ssl
 import struct
-import time
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,9 +107,14 @@ def lab() -> Iterator[Gateway]:
             nginx(made, name, number, 8446, how="ssl")
         for server in servers:
             await_ready(server)
-        runs = [(alias(version, number), 1, UDP_RESPONDER) for version in (4, 6) for number in (1, 2, 4)]
-        made.respond(*runs, program="udp_responder")
         yield made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def responder(lab: Gateway) -> subprocess.Popen[str]:
+    """The daemons of all that is not QUIC."""
+    runs = [(alias(version, number), 1, UDP_RESPONDER) for version in (4, 6) for number in (1, 2, 4)]
+    return lab.respond(*runs, program="udp_responder")
 
 
 # ---- HTTP/3 ----
@@ -257,7 +263,9 @@ def test_the_middle_of_an_unknown_connection_goes_nowhere(lab: Gateway, version:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_an_answer_while_there_was_no_table_does_not_cost_the_client_its_port(lab: Gateway, version: int) -> None:
+def test_an_answer_while_there_was_no_table_does_not_cost_the_client_its_port(
+    lab: Gateway, responder: subprocess.Popen[str], version: int
+) -> None:
     """Conntrack takes it for the beginning of a flow. The client's next datagram would be the answer's answer, and to
     tell them apart, the kernel would give it another port."""
     lab.host.sh(f"nft -f - <<'RULES'\n{FIREWALL}\nRULES")
@@ -265,12 +273,13 @@ def test_an_answer_while_there_was_no_table_does_not_cost_the_client_its_port(la
         me = client.getsockname()
         client.send(b"RTP")
         assert echoes(client, 1) == ({alias(version, 1)}, [b"RTP"])
-        client.send(b"later1")
-        time.sleep(0.1)
+        client.send(b"held")
+        assert responder.stdout is not None and responder.stdout.readline() == "held\n"
         lab.kill()
         lab.host.sh("nft delete table inet steerd; conntrack -F 2>&1")
         family = "ipv4" if version == 4 else "ipv6"
         answers = f"conntrack -L -f {family} -p udp --src {alias(version, 1)} --sport {UDP_RESPONDER} 2>/dev/null"
+        responder.send_signal(signal.SIGUSR1)
         lab.wait(lambda: f"dport={me[1]} " in lab.host.sh(answers), "the answer")
         lab.start()
         client.send(b"RTP again")
