@@ -33,24 +33,21 @@ from steerd.control.registry import Registry
 from steerd.control.relays import Places
 from steerd.control.states import States
 from steerd.core.engine import Plan
-from steerd.core.marks import OURS_ID
 from steerd.core.pools import Pool
 from steerd.errors import ConfigError, KernelError, SteerdError
 from steerd.kernel import aliases, conntrack, flows, handshake, listeners, python, queue, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack, Entry
 from steerd.kernel.handshake import Handshake
-from steerd.kernel.inject import Injector
 from steerd.kernel.nftables import Nftables, Watcher
 from steerd.kernel.notify import Notifier
 from steerd.liveness import Liveness
-from steerd.model import TCP, UDP, Endpoint, Flow, IPAddress, Reason, Target, UnixDaemon
+from steerd.model import TCP, UDP, Endpoint, IPAddress, Reason, Target, UnixDaemon
 from steerd.privileges import Standing
 from steerd.relay.engine import Listen
 from steerd.relay.keeper import Keeper
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
 from steerd.waker import Waker
-from steerd.wire import segment
 from steerd.worker import READY, WorkerSettings
 
 if TYPE_CHECKING:
@@ -725,13 +722,7 @@ class Daemon:
 
     def end_flows(self, answered_by: bytes, is_wanted: Callable[[Entry], bool]) -> int:
         """End those of `entries` that are wanted; how many were ended (control.api.Machine)."""
-        with contextlib.closing(Injector(self._config.gateway.mark.field(OURS_ID))) as injector:
-
-            def reset(flow: Flow, seq: int) -> None:
-                with contextlib.suppress(OSError):  # a firewall in output, or no route: the client is not told
-                    injector.send(segment.reset_at(flow, seq))
-
-            return flows.end((entry for entry in self.entries(answered_by) if is_wanted(entry)), reset)
+        return flows.end(entry for entry in self.entries(answered_by) if is_wanted(entry))
 
     async def _keep_reloading(self) -> None:
         while True:

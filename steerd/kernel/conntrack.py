@@ -31,7 +31,6 @@ _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC, _IP_DST = {4: 1, 6: 3}, {4: 2, 6: 4}
 _PROTO_NUMBER, _PROTO_SPORT, _PROTO_DPORT = 1, 2, 3
 _PROTOINFO_TCP, _TCP_STATE = 1, 1
-_SYNPROXY, _SYNPROXY_ISN = 24, 1
 _TIMESTAMP_START = 1
 _FAMILIES = {4: 2, 6: 10}
 _ANY_FAMILY = 0
@@ -122,12 +121,6 @@ class Entry(NamedTuple):
         """Seconds since the epoch; None unless the kernel notes it (sysctl net.netfilter.nf_conntrack_timestamp)."""
         start = attributes(attributes(self.body).get(_TIMESTAMP, b"")).get(_TIMESTAMP_START)
         return None if start is None else int.from_bytes(start, "big") / 1e9
-
-    @property
-    def promised(self) -> int | None:
-        """The initial sequence number that synproxy told the client; None: the daemon did that itself."""
-        isn = attributes(attributes(self.body).get(_SYNPROXY, b"")).get(_SYNPROXY_ISN)
-        return int.from_bytes(isn, "big") or None if isn is not None else None
 
     @property
     def identity(self) -> bytes:

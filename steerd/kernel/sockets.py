@@ -1,12 +1,11 @@
-"""Looking at a local TCP connection, and ending it, from outside of its process (NETLINK_SOCK_DIAG, linux/inet_diag.h,
-SOCK_DESTROY)."""
+"""Ending a local TCP connection from outside of its process (NETLINK_SOCK_DIAG, linux/inet_diag.h, SOCK_DESTROY)."""
 
 from __future__ import annotations
 
 import socket
 import struct
 
-from steerd.kernel.rtnetlink import ATTRIBUTE, HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR
+from steerd.kernel.rtnetlink import HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR
 from steerd.model import TCP, Flow
 
 _NETLINK_SOCK_DIAG = 4
@@ -16,7 +15,7 @@ _ALL_STATES = 0xFFFFFFFF
 _LISTEN = 10
 _ANY_DEVICE = 0
 
-_REQUEST = struct.Struct("=BBBxI")
+_REQUEST = struct.Struct("=BBxxI")
 """The beginning of struct inet_diag_req_v2: family, protocol, extensions, states; the socket's id follows."""
 _ID = struct.Struct("!HH16s16s")
 """The beginning of struct inet_diag_sockid: local port, remote port, local address, remote address."""
@@ -25,27 +24,7 @@ _NO_COOKIE = b"\xff" * 8
 _MESSAGE = struct.Struct("=BB2x")
 """The beginning of struct inet_diag_msg: family, state; the socket's id follows."""
 _ID_LENGTH, _COOKIE_AT = 48, 40
-_MESSAGE_LENGTH = 72
-_INFO = 2
-"""INET_DIAG_INFO: struct tcp_info (linux/tcp.h)."""
-_SENT = struct.Struct("=QQ")
-_SENT_AT = 200
-"""tcpi_bytes_sent, tcpi_bytes_retrans (Linux 4.19)."""
 _RECEIVE = 8192
-
-
-def sent(flow: Flow) -> int | None:
-    """How many bytes a local daemon has sent to the client `flow.src`; None if there is no such connection."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as diag:
-        found = _ask(diag, _SOCK_DIAG_BY_FAMILY, flow, _NO_COOKIE, 1 << (_INFO - 1))
-    at = _MESSAGE_LENGTH
-    while found is not None and at + ATTRIBUTE.size <= len(found):
-        length, kind = ATTRIBUTE.unpack_from(found, at)
-        if kind == _INFO and length >= ATTRIBUTE.size + _SENT_AT + _SENT.size:
-            all_of_it, again = _SENT.unpack_from(found, at + ATTRIBUTE.size + _SENT_AT)
-            return int(all_of_it - again)
-        at += (max(length, ATTRIBUTE.size) + 3) & ~3
-    return None
 
 
 def end(flow: Flow) -> bool:
@@ -65,11 +44,10 @@ def end(flow: Flow) -> bool:
         return _ask(diag, _SOCK_DESTROY, flow, cookie) is not None
 
 
-def _ask(diag: socket.socket, kind: int, flow: Flow, cookie: bytes, more: int = 0) -> bytes | None:
-    """The body of the kernel's answer, empty for a mere acknowledgement; None if it refuses. `more`: the bits of what
-    it is to say beside the message."""
+def _ask(diag: socket.socket, kind: int, flow: Flow, cookie: bytes) -> bytes | None:
+    """The body of the kernel's answer, empty for a mere acknowledgement; None if it refuses."""
     identity = _ID.pack(flow.dport, flow.sport, flow.dst, flow.src) + _DEVICE.pack(_ANY_DEVICE) + cookie
-    body = _REQUEST.pack(_FAMILIES[flow.version], TCP, more, _ALL_STATES) + identity
+    body = _REQUEST.pack(_FAMILIES[flow.version], TCP, _ALL_STATES) + identity
     flags = NLM_F_REQUEST | (NLM_F_ACK if kind == _SOCK_DESTROY else 0)
     diag.send(HEADER.pack(HEADER.size + len(body), kind, flags, 1, 0) + body)
     data = diag.recv(_RECEIVE)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from struct import Struct
 
-from steerd.model import Flow
 from steerd.wire.packet import ACK, FIN, PSH, RST, SYN, Packet
 
 _IPV4 = Struct("!BBHHHBBH4s4s").pack
@@ -76,12 +75,6 @@ def reset(packet: Packet, sent: int = 0) -> bytes:
     sent before."""
     seq = (packet.ack + sent) & _SEQUENCE
     return _segment(packet.dst, packet.src, packet.dport, packet.sport, seq, 0, RST, 0, b"")
-
-
-def reset_at(flow: Flow, seq: int) -> bytes:
-    """From the endpoint to the client of a connection, which is over. `seq`: the next byte that the client awaits, or
-    it is told nothing (RFC 5961 section 3.2)."""
-    return _segment(flow.dst, flow.src, flow.dport, flow.sport, seq & _SEQUENCE, 0, RST, 0, b"")
 
 
 def bare_syn(syn: Packet) -> bytes:

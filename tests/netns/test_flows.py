@@ -61,8 +61,6 @@ NUMBER = {"a": 1, "b": 2}
 @pytest.fixture
 def lab(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
     with gateway(new_host) as made:
-        # The kernel's own reset to a client of late steering (kernel.flows).
-        made.allow_unasked = True
         made.configure(BODY)
         made.start()
         made.respond(("10.64.0.1", 2, 8080), ("fd00:64::1", 2, 8080))

@@ -11,7 +11,6 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
 from steerd.model import TCP as TCP_NUMBER
-from steerd.model import Flow
 from steerd.wire import segment
 from steerd.wire.packet import ACK, FIN, PSH, RST, SYN, Packet, parse
 
@@ -114,12 +113,3 @@ def test_a_reset_and_an_alert_are_what_the_client_expects_next(version: int) -> 
     assert (alert.seq, alert.ack, alert.payload) == (77, 3, b"alert!!")
     reset = check(segment.reset(asked, 7))
     assert (reset.seq, reset.flags, reset.payload) == (84, RST, b"")
-
-
-@both
-def test_a_reset_of_a_connection_that_is_known_by_its_ends(version: int) -> None:
-    asked = packet(version)
-    flow = Flow(asked.src, asked.sport, asked.dst, asked.dport)
-    reset = check(segment.reset_at(flow, (1 << 32) + 84))
-    assert (reset.seq, reset.flags, reset.payload) == (84, RST, b"")
-    assert (reset.src, reset.sport, reset.dst, reset.dport) == (asked.dst, asked.dport, asked.src, asked.sport)
