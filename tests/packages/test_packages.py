@@ -156,6 +156,7 @@ def test_what_is_in_it(package: Path) -> None:
     assert outside == {
         "/etc/steerd/steerd.toml", "/usr/bin/steerd", "/usr/bin/steerctl", "/usr/lib/systemd/system/steerd.service",
         "/usr/lib/sysusers.d/steerd.conf", "/usr/lib/tmpfiles.d/steerd.conf", "/usr/share/doc/steerd/README.md",
+        "/usr/share/doc/steerd/guide.md",
         "/usr/share/doc/steerd/copyright", "/usr/share/bash-completion/completions/steerctl",
         "/usr/share/zsh/vendor-completions/_steerctl", "/usr/share/fish/vendor_completions.d/steerctl.fish",
         *(f"/usr/share/man/man{page.suffix[1:]}/{page.name}.gz" for page in (ROOT / "steerd" / "man").glob("*.[1-8]")),
