@@ -37,13 +37,14 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
 
     cli/           the commands `steerd` and `steerctl`; no logic
     daemon.py      the main process (asyncio): makes the machine match the configuration and keeps it so
+    main/          the parts of the main process: lock, table, aliases, workers, reload, machine (what the API is told),
+                   announcer (systemd), relay (starts it), monitor (metrics for Prometheus), waker (starts sleeping
+                   daemons, puts them to sleep), liveness (which of several targets listens)
+    orders.py      what a worker is told when it is started
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
     record.py      the half of a worker that counts and logs decisions
-    monitor.py     metrics for Prometheus, served by the main process
-    waker.py       the part of the main process that starts sleeping daemons and puts them to sleep
-    liveness.py    which of several targets listens
     config.py      TOML to values; every mistake found, each with its key
     privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
     relay/         daemons that listen on a unix socket: one process, beside the workers
@@ -69,8 +70,8 @@ time: established connections do not notice, new ones wait for a repeated SYN. W
 there is a third kind, the relay (steerd.relay), and only what it copies depends on it.
 
 **A daemon that sleeps** is started by the first connection to it. The worker that finds its door shut
-(steerd.core.wake) holds the connection and asks the main process, whose part steerd.waker starts the unit or command,
-sees it listen, and opens the door in shared memory (steerd.control.doors).
+(steerd.core.wake) holds the connection and asks the main process, whose part steerd.main.waker starts the unit or
+command, sees it listen, and opens the door in shared memory (steerd.control.doors).
 
 **When in doubt, drop.** A connection at the wrong daemon is the worst there is. So a packet that cannot be read,
 matched, or translated as decided is dropped or reset, and counted under one reason (steerd.model.Reason, and the

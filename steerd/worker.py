@@ -34,12 +34,12 @@ from steerd.kernel.queue import DROP, Queue, QueuedPacket, Ruling, Verdict
 from steerd.kernel.ruleset import datagram_elements, target_elements
 from steerd.late import TICK_SECONDS, Late
 from steerd.model import UDP, Outcome, Reason
+from steerd.orders import READY, WorkerSettings
 from steerd.record import Record
 from steerd.telemetry import logs
 from steerd.telemetry.counters import GENERATION_WORD, Counters, Extra
 from steerd.wire import packet as wire
 
-READY = b"ready\n"
 _PR_SET_PDEATHSIG = 1
 _CONTROL = wire.SYN | wire.ACK
 _COLLECT_EVERY = 100_000
@@ -51,20 +51,6 @@ _MAX_FAULTS_LOGGED = 100
 _GAUGE_SECONDS = 0.25
 # The queue's former owner, killed a moment ago, may still be on its way out.
 _BIND_SECONDS = 5.0
-
-
-class WorkerSettings(msgspec.Struct, frozen=True):
-    """What the main process tells a worker; the rest stands in the registry."""
-
-    index: int
-    queue: int
-    queue_length: int
-    receive_buffer: int
-    state_dir: str
-    run_dir: str
-    counters: str
-    log_format: logs.Format
-    main_pid: int
 
 
 class Worker:

@@ -192,6 +192,12 @@ def states() -> dict[int, QueueState]:
     return result
 
 
+def states_from(first: int, count: int) -> list[QueueState | None]:
+    """Of `count` queues from `first` on; None: it is not bound. Raises KernelError as `states` does."""
+    found = states()
+    return [found.get(number) for number in range(first, first + count)]
+
+
 def let_group_look(gid: int) -> None:
     """As root: let a group read what `states` reads, in this network namespace until it ends (or the kernel's module is
     removed). Capabilities do not open that file, only its owner and group do (mode 0440)."""

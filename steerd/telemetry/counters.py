@@ -231,6 +231,10 @@ class Counters:
         """One counter, summed over the workers."""
         return sum(self.slot(worker)[word] for worker in range(self.workers))
 
+    def totals(self, words: Iterable[Reason | Extra | Gauge]) -> dict[str, int]:
+        """Several counters by their names, for people and monitors: `counters.totals(Reason)`."""
+        return {word.name.lower(): self.total(word) for word in words}
+
     # ---- series ----
 
     def name_series(self, services: Iterable[tuple[str, Sequence[str]]], now: float | None = None) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from steerd import config
-from steerd.daemon import contents_of, settings_of
 from steerd.kernel import ruleset
 from steerd.kernel.handshake import Handshake
+from steerd.main.table import contents_of, settings_of
 from tests.netns.lab import Host, link
 
 ROOT = Path(__file__).resolve().parents[2]

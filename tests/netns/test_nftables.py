@@ -16,12 +16,12 @@ import pytest
 
 from steerd import config
 from steerd.core.marks import MarkLayout
-from steerd.daemon import contents_of, settings_of
 from steerd.errors import KernelError
 from steerd.kernel import ruleset
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Element, Nftables
 from steerd.kernel.ruleset import target_elements
+from steerd.main.table import contents_of, settings_of
 from steerd.model import Target
 from tests.netns.lab import Host
 

@@ -12,7 +12,7 @@ from steerd import config
 from steerd.control.states import States
 from steerd.core.choice import SOURCE, Group, Member
 from steerd.kernel.listeners import Listener
-from steerd.liveness import LOOK_SECONDS, Liveness
+from steerd.main.liveness import LOOK_SECONDS, Liveness
 from steerd.model import DEAD, DRAINED, TCP, UDP
 
 TEXT = """
@@ -118,7 +118,7 @@ def test_one_target_in_two_groups_is_one(lab: Lab) -> None:
 
 def test_looking_takes_a_bounded_share_of_the_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 0.01, 100.0, 102.0))
-    monkeypatch.setattr("steerd.liveness.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("steerd.main.liveness.time.monotonic", lambda: next(clock))
     lab.look(group(A, B))
     assert lab.liveness.pause == LOOK_SECONDS
     lab.look(group(A, B))

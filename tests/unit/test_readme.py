@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast, get_args
+from typing import get_args
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from steerd import config, daemon
+from steerd import config
 from steerd.cli import ctl, main
 from steerd.core.choice import MAX_MEMBERS
 from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.core.wake import Limits, Wake
 from steerd.errors import SteerdError
-from steerd.liveness import LOOK_SECONDS
+from steerd.main import reload
+from steerd.main.liveness import LOOK_SECONDS
 from steerd.model import TCP, UDP, Choice, Policy, Reason
 from steerd.record import FAILURES_PER_SECOND
 from steerd.telemetry.counters import MAX_SERIES, OTHER, Extra
@@ -111,12 +111,11 @@ def test_what_a_reload_cannot_change() -> None:
     """Each of them is a key, and the daemon refuses to change it."""
     (sentence,) = re.findall(r"A reload cannot change (.*?):", TEXT, re.DOTALL)
     names = {name.replace("mark_bits", "mark") for name in re.findall(r"`([\w.]+)`", sentence)}
-    assert names == set(daemon.FIXED)
+    assert names == set(reload.FIXED)
     for key in names - {"mark"}:
         attrgetter(key)(config.parse("", "").gateway)
-    running = SimpleNamespace(_config=config.parse("", ""))
     with pytest.raises(SteerdError, match=r"^new: gateway\.mark_bits changed, which needs a restart of the daemon\.$"):
-        daemon.Daemon._apply(cast(daemon.Daemon, running), config.parse('[gateway]\nmark_bits = "0-23"', "new"))
+        reload.check_change(config.parse("", ""), config.parse('[gateway]\nmark_bits = "0-23"', "new"))
 
 
 def test_metrics_and_logs() -> None:

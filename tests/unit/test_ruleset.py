@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from steerd import config
 from steerd.core.marks import MarkLayout
 from steerd.core.pools import Pool
-from steerd.daemon import contents_of, settings_of
 from steerd.errors import KernelError
 from steerd.kernel import ruleset
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.ruleset import Contents, IdleTimeouts, Settings
+from steerd.main.table import contents_of, settings_of
 from steerd.model import TCP, Endpoint, Target
 
 TEMPLATE_PATH = ruleset.template_path()

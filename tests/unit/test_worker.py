@@ -33,9 +33,10 @@ from steerd.kernel.nftables import Element
 from steerd.kernel.queue import Ruling
 from steerd.kernel.ruleset import datagram_elements, target_elements
 from steerd.model import DRAINED, Extension, Flow, Reason, Target
+from steerd.orders import WorkerSettings
 from steerd.telemetry.counters import Counters, Extra, LogSwitch
 from steerd.wire import portext
-from steerd.worker import Worker, WorkerSettings
+from steerd.worker import Worker
 from tests import initials
 
 MARK = MarkLayout(8, 27)

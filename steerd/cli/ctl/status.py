@@ -72,35 +72,33 @@ def _left_behind(file: Path) -> dict[str, Any]:
     gateway = configuration.load(file).gateway
     counters = Counters.open(Path(gateway.run_dir) / "counters")
     kernel: dict[str, int] | None = None
-    queues: dict[int, queue.QueueState] = {}
+    queues: list[queue.QueueState | None] = [None] * gateway.workers
     # Others than root may not look.
     with contextlib.suppress(KernelError), contextlib.closing(Nftables()) as nftables:
         kernel = nftables.counters()
     with contextlib.suppress(KernelError):
-        queues = queue.states()
-    workers = []
-    for index in range(gateway.workers):
-        found = queues.get(gateway.first_queue + index)
-        workers.append(
-            {
-                "worker": index,
-                "queue": gateway.first_queue + index,
-                "is_bound": found is not None,
-                "owner": None if found is None else found.owner,
-                "waiting": None if found is None else found.waiting,
-                "queue_dropped": None if found is None else found.queue_dropped,
-                "socket_dropped": None if found is None else found.user_dropped,
-            }
-        )
+        queues = queue.states_from(gateway.first_queue, gateway.workers)
+    workers = [
+        {
+            "worker": index,
+            "queue": gateway.first_queue + index,
+            "is_bound": state is not None,
+            "owner": None if state is None else state.owner,
+            "waiting": None if state is None else state.waiting,
+            "queue_dropped": None if state is None else state.queue_dropped,
+            "socket_dropped": None if state is None else state.user_dropped,
+        }
+        for index, state in enumerate(queues)
+    ]
     machine = {
         "version": None,
         "pid": None,
         "started": None,
         "refused_reload": None,
         "workers": workers,
-        "decisions": {reason.name.lower(): counters.total(reason) for reason in Reason},
-        "counters": {extra.name.lower(): counters.total(extra) for extra in Extra},
-        "gauges": {gauge.name.lower(): counters.total(gauge) for gauge in Gauge},
+        "decisions": counters.totals(Reason),
+        "counters": counters.totals(Extra),
+        "gauges": counters.totals(Gauge),
         "kernel": kernel,
         "conntrack": None,
     }

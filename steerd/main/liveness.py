@@ -1,9 +1,9 @@
 """Who of several targets listens: what the kernel says of sockets becomes the bits DEAD of states (control.states).
 
 Looked at are the members of the groups that are in use and that lie in a pool; what is elsewhere counts as alive, and
-so does what a connection would wake (steerd.waker). A target is dead while no socket on this host takes connections (or
-datagrams, for services of UDP) on its address and port. A socket that is bound to the wildcard address counts only
-where the target says `wildcard = true`: elsewhere the table resets what it would answer.
+so does what a connection would wake (steerd.main.waker). A target is dead while no socket on this host takes
+connections (or datagrams, for services of UDP) on its address and port. A socket that is bound to the wildcard address
+counts only where the target says `wildcard = true`: elsewhere the table resets what it would answer.
 """
 
 from __future__ import annotations

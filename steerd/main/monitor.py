@@ -165,16 +165,12 @@ def _found(find: Callable[[], _T]) -> _T | None:
 
 
 def _queues(first: int, workers: int) -> list[metrics.Queue]:
-    states = queue.states()
-    found = []
-    for number in range(first, first + workers):
-        state = states.get(number)
-        found.append(
-            metrics.Queue(None, {})
-            if state is None
-            else metrics.Queue(state.waiting, {"queue_full": state.queue_dropped, "socket_full": state.user_dropped})
-        )
-    return found
+    return [
+        metrics.Queue(None, {})
+        if state is None
+        else metrics.Queue(state.waiting, {"queue_full": state.queue_dropped, "socket_full": state.user_dropped})
+        for state in queue.states_from(first, workers)
+    ]
 
 
 def _kernel_packets() -> dict[str, int]:

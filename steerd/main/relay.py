@@ -17,10 +17,10 @@ import structlog
 
 from steerd.errors import KernelError
 from steerd.kernel import python
+from steerd.main import back_off
+from steerd.main.back_off import BackOff
 from steerd.relay.engine import Listen
 
-# As a worker: again after 0.1 s, then 0.2 s, ... 5 s; forgiven after 10 s.
-_FIRST_BACK_OFF, _LONGEST_BACK_OFF, _FORGIVEN_SECONDS = 0.1, 5.0, 10.0
 _ANSWER_SECONDS = 15.0
 # One that a main process left behind, killed a moment ago, may still hold the addresses.
 _BIND_SECONDS = 5.0
@@ -73,14 +73,14 @@ class Keeper:
     async def keep(self) -> None:
         """Run the relay for ever. When it is cancelled the relay is let go: it ends with its last connection."""
         await self._is_wanted.wait()
-        back_off = _FIRST_BACK_OFF
+        pauses = BackOff()
         while True:
             born = time.monotonic()
             try:
                 self._running = await _start()
             except OSError as error:  # no memory or no process to be had: that may pass
                 self._log.error("relay cannot be started", why=str(error))
-                await asyncio.sleep(_LONGEST_BACK_OFF)
+                await asyncio.sleep(back_off.LONGEST_SECONDS)
                 continue
             process = self._running.process
             try:
@@ -89,16 +89,14 @@ class Keeper:
             finally:
                 self._is_up.clear()
                 self._running.writer.close()
-            if time.monotonic() - born > _FORGIVEN_SECONDS:
-                back_off = _FIRST_BACK_OFF
+            pause = pauses.after(time.monotonic() - born)
             self._log.warning(
                 "relay died; the connections that it copied are cut",
                 pid=process.pid,
                 status=process.returncode,
-                again_in_seconds=back_off,
+                again_in_seconds=pause,
             )
-            await asyncio.sleep(back_off)
-            back_off = min(back_off * 2, _LONGEST_BACK_OFF)
+            await asyncio.sleep(pause)
 
     async def _begin(self, pid: int) -> None:
         """Have a new process listen where it must, and say if it cannot."""
