@@ -10,14 +10,12 @@ with 1,000,000 the caches of the machine miss as they would.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,43 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from steerd import config
-from steerd.control import transfer
 from steerd.control.registry import Reader, Registry
 from steerd.core.engine import Engine
 from steerd.model import TCP, Answer, Outcome
 from steerd.wire.packet import Packet
+from tests.bench import registries
 from tests.bench.scenario import Result, rounds_of
 
 SIZES = (1, 1_000, 1_000_000)
 WORKERS = 2
-BATCH = 10_000
 DECISIONS = 50_000
 CHANGES = 200
-TEXT = """
-[pools.tenants]
-prefixes = ["10.64.0.0/16"]
-mode = "anyip"
-[services.web]
-endpoints = ["203.0.113.10:80/tcp"]
-inspect = ["http"]
-"""
 _fork = multiprocessing.get_context("fork")
-
-
-def lines(size: int) -> Iterator[bytes]:
-    """Batches of an import."""
-    for first in range(0, size, BATCH):
-        yield "\n".join(
-            json.dumps(
-                {
-                    "kind": "route",
-                    "service": "web",
-                    "when": {"http.host": f"t{number:07}.example.net"},
-                    "target": [f"10.64.{number >> 8 & 255}.{number & 255}:8080"],
-                }
-            )
-            for number in range(first, min(first + BATCH, size))
-        ).encode()
 
 
 def packet() -> Packet:
@@ -95,7 +68,7 @@ def serve(directory: str, size: int, seed: int, orders: Connection) -> None:
     """A worker: measures what it is told to."""
     worker = Worker(directory)
     rng = random.Random(seed)
-    payloads = [request(f"t{rng.randrange(size):07}.example.net") for _ in range(DECISIONS)]
+    payloads = [request(registries.name(rng.randrange(size))) for _ in range(DECISIONS)]
     orders.send("ready")
     while True:
         order = orders.recv()
@@ -105,7 +78,7 @@ def serve(directory: str, size: int, seed: int, orders: Connection) -> None:
                 assert worker.decide(payload)
             orders.send((time.perf_counter() - began) / DECISIONS * 1e6)
         elif order == "watch":
-            changed = request("t0000000.example.net")
+            changed = request(registries.name(0))
             before = worker.decide(changed)
             orders.send(None)
             while worker.decide(changed) == before:
@@ -132,14 +105,7 @@ def ask(workers: list[Connection], order: str) -> list[Any]:
 def measure(size: int) -> dict[str, float]:
     """Everything with so many routes."""
     with tempfile.TemporaryDirectory(prefix="steerd-bench-") as directory:
-        batches = list(lines(size))
-        figures: dict[str, float] = {}
-        ours, theirs = _fork.Pipe()
-        importer = _fork.Process(target=fill, args=(directory, batches, theirs))
-        importer.start()
-        figures["import_s"] = ours.recv()
-        importer.join()
-        del batches
+        figures = {"import_s": registries.fill(directory, size)}
         pipes = [_fork.Pipe() for _ in range(WORKERS)]
         processes = []
         main, of_main = _fork.Pipe()
@@ -175,20 +141,11 @@ def measure(size: int) -> dict[str, float]:
         return figures
 
 
-def fill(directory: str, batches: list[bytes], done: Connection) -> None:
-    registry = Registry(directory)
-    registry.publish(config.parse(TEXT, "bench"))
-    began = time.perf_counter()
-    for batch in batches:
-        transfer.load(registry, batch)
-    done.send(time.perf_counter() - began)
-
-
 def write(directory: str, orders: Connection) -> None:
     """The main process, started again: puts the configuration in force, and changes one route when it is told to."""
     began = time.perf_counter()
     registry = Registry(directory)
-    registry.publish(config.parse(TEXT, "bench"))
+    registry.publish(config.parse(registries.body(), "bench"))
     orders.send(time.perf_counter() - began)
     while True:
         order = orders.recv()
@@ -196,7 +153,7 @@ def write(directory: str, orders: Connection) -> None:
             orders.send(memory())
             continue
         target = f"10.64.255.{order % 200 + 1}:9000"
-        registry.routes.put("web", {"http.host": "t0000000.example.net"}, target, None)
+        registry.routes.put("web", {"http.host": registries.name(0)}, target, None)
         orders.send(time.perf_counter())
 
 
