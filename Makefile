@@ -9,12 +9,13 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup setup-programs setup-bench setup-packages deb wheel man lock test-packages test-matrix test-long demo test lint unit netns test-vm bench clean
+.PHONY: help setup setup-programs setup-bench setup-packages deb wheel man lock test-packages test-matrix test-long demo test lint unit netns test-vm bench bench-plots clean
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
 	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
-	@echo "make bench [ONLY=x]   benchmarks; each ends with one line 'bench: {...}'"
+	@echo "make bench [ONLY=x]   benchmarks (STEERD_BENCH_QUICK=1: only whether they work); figures and plots into tests/bench/results"
+	@echo "make bench-plots      the plots again, from the figures that are there"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
 	@echo "make test-matrix      the same on the oldest, a middle and the newest kernel; one line for each"
 	@echo "make deb wheel        a Debian package, a wheel; both into build/"
@@ -79,7 +80,10 @@ test-matrix: setup
 	$(AS_ROOT) tests/vm/matrix
 
 bench: setup-bench
-	@$(AS_ROOT) $(PYTHON) -m tests.bench $(ONLY)
+	@$(AS_ROOT) $(if $(STEERD_BENCH_QUICK),STEERD_BENCH_QUICK=1) $(PYTHON) -m tests.bench $(ONLY)
+
+bench-plots: setup
+	@$(PYTHON) -m tests.bench --plots
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -29,7 +29,7 @@ if [ "${1:-}" = packages ]; then
 fi
 
 if [ "${1:-}" = bench ]; then
-	packages+=(haproxy nginx libnginx-mod-stream)
+	packages+=(haproxy nginx libnginx-mod-stream sslh)
 fi
 
 as_root() {
@@ -37,7 +37,7 @@ as_root() {
 }
 
 services=(nginx.service ssh.service ssh.socket postgresql.service haproxy.service mosquitto.service kamailio.service
-	prometheus.service ufw.service)
+	prometheus.service ufw.service sslh.service)
 enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
 
 missing=()

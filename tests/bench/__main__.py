@@ -1,4 +1,5 @@
-"""`make bench [ONLY=name]`: every scenario in turn, or one. Each ends with one line `bench: {...}`.
+"""`make bench [ONLY=name]`: every scenario in turn, or one. Each ends with one line `bench: {...}`, and a JSON file and
+plots of it (tests/bench/results.py). With `--plots`, plots are drawn from the JSON again, and nothing is measured.
 
 Everything happens in network namespaces, which are removed at the end, also when interrupted. Needs root.
 """
@@ -14,7 +15,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench.scenario import line
+from tests.bench import results
 
 
 def scenarios() -> list[str]:
@@ -27,6 +28,9 @@ def _interrupted(number: int, _frame: FrameType | None) -> None:
 
 
 def main(names: list[str]) -> int:
+    if names == ["--plots"]:
+        _plot()
+        return 0
     unknown = [name for name in names if name not in scenarios()]
     if unknown:
         print(f"bench: there is no scenario {unknown[0]}; there are: {', '.join(scenarios())}", file=sys.stderr)
@@ -39,8 +43,17 @@ def main(names: list[str]) -> int:
     for name in names or scenarios():
         console.rule(f"bench {name}")
         result = importlib.import_module(f"tests.bench.bench_{name}").run(console)
-        print(line(result), flush=True)
+        found = results.document(result)
+        results.store(found)
+        print(results.line(found), flush=True)
+    _plot()
     return 0
+
+
+def _plot() -> None:
+    """Say where they are, too."""
+    results.show_all()
+    print(f"bench: figures and plots are in {results.directory()}")
 
 
 if __name__ == "__main__":

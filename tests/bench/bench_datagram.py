@@ -227,7 +227,7 @@ def run(console: Console) -> Result:
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
     _show_packets(console, figures["established"])
-    return report.result("datagram", ratios, figures)
+    return Result("datagram", ratios, figures)
 
 
 def _packet_figures(rounds: Sequence[Packets]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from steerd.model import Extension
 from steerd.wire import portext
 from tests.bench import report
 from tests.bench.lab import ALIAS_PORT, ENDPOINT_PORT, FIRST_TRANSLATED_PORT, PARTS, Gateway, Lab, Round, Run, Way
-from tests.bench.scenario import Result, rounds_of
+from tests.bench.scenario import Goal, Result, rounds_of
 
 DAEMONS = Run("answer", request=0, first=0, size=1024)
 # Many short rounds: whatever else the machine does then disturbs neighbours alike, and a few rounds are quiet.
@@ -109,4 +109,6 @@ def run(console: Console) -> Result:
         ratios[f"{ours}/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, ours, theirs)
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
-    return report.result("early", ratios, figures)
+    goals = [Goal(f"early{suffix}/dnat{suffix}", 0.95) for suffix in ("", "6")]
+    chart = report.rate_chart(throughput, "early", "dnat", {"early": "steerd", "dnat": "DNAT, a port each"})
+    return Result("early", ratios, figures, goals, [chart])

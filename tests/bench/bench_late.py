@@ -199,7 +199,7 @@ def run(console: Console) -> Result:
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
     _show_established(console, figures)
-    return report.result("late", ratios, figures)
+    return Result("late", ratios, figures)
 
 
 def _figures(

@@ -142,4 +142,4 @@ def run(console: Console) -> Result:
         "short_copied/direct": paired((r.short_per_s for r in copied), (r.short_per_s for r in direct)),
         "short_handed_over/direct": paired((r.short_per_s for r in handed_over), (r.short_per_s for r in direct)),
     }
-    return Result("relay", {name: round(ratio.median, 3) for name, ratio in ratios.items()}, figures)
+    return Result("relay", ratios, figures)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench.lab import Round
-from tests.bench.scenario import Result, Spread, spread
+from tests.bench.scenario import Bar, Chart, Spread, spread
 
 Rounds = Mapping[str, Sequence[Round]]
 """By the name of what was measured, in the order of measuring."""
@@ -59,13 +59,20 @@ def cpu_ratio(measured: Rounds, ours: str, theirs: str, *, without: str = "") ->
     )
 
 
-def result(scenario: str, ratios: Mapping[str, Spread], found: Mapping[str, Any]) -> Result:
-    """Medians of the ratios first; their spread among the figures."""
-    return Result(
-        scenario,
-        {name: round(ratio.median, 3) for name, ratio in ratios.items()},
-        {**found, "ratio_spread": {name: rounded(ratio, 3) for name, ratio in ratios.items()}},
-    )
+def rate_chart(measured: Rounds, ours: str, reference: str, systems: Mapping[str, str]) -> Chart:
+    """Connections a second of each of `systems` (kinds, and what a reader calls them) as ratios to the reference, round
+    by round, and their median."""
+    bars = [
+        Bar(
+            label,
+            rate_ratio(measured, name, reference),
+            ours=name == ours,
+            note=f"{statistics.median(r.rate for r in measured[name]):,.0f} /s",
+        )
+        for name, label in systems.items()
+    ]
+    title = f"New connections a second, as a ratio to {systems[reference]} in the same run (more is better)"
+    return Chart("connections", title, bars, reference=1)
 
 
 def show_ratios(console: Console, ratios: Mapping[str, Spread]) -> None:

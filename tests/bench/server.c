@@ -6,14 +6,13 @@
  * A daemon reads a request of REQUEST bytes (0: none), answers with the text form of its address and a line end, and then
  *   answer     closes
  *   echo       sends back what it gets, until the client has closed
- *   sink       reads to the client's end, tells how many bytes that were, and closes; nothing else is served meanwhile
- *   source     sends for SOURCE_SECONDS and closes; nothing else is served meanwhile
+ *   sink       reads to the client's end, tells how many bytes that were, and closes
+ *   source     waits for a byte, sends for SOURCE_SECONDS and closes
  * Prints "listening N" when all of them listen, and serves until it is killed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
@@ -40,6 +39,10 @@ struct end {
 	enum what what;
 	int missing;
 	int length;
+	/* Bytes a sink has had. */
+	long total;
+	/* When a source is to end; 0: it has not begun. */
+	double end;
 	char name[NAME];
 };
 
@@ -84,33 +87,35 @@ static int say(struct end *connection, const char *text, size_t size)
 	return 0;
 }
 
-static void block(struct end *connection)
+/* These two take one portion at a time, so that connections get their turn. Whether the connection goes on: */
+static int sink(struct end *connection)
 {
-	fcntl(connection->fd, F_SETFL, fcntl(connection->fd, F_GETFL) & ~O_NONBLOCK);
-}
-
-static void sink(struct end *connection)
-{
-	long total = 0;
-	ssize_t size;
-	block(connection);
-	while ((size = recv(connection->fd, chunk, CHUNK, 0)) > 0)
-		total += size;
+	ssize_t size = recv(connection->fd, chunk, CHUNK, 0);
 	if (!size)
-		say(connection, chunk, snprintf(chunk, CHUNK, "%ld\n", total));
+		say(connection, chunk, snprintf(chunk, CHUNK, "%ld\n", connection->total));
+	if (size <= 0)
+		return size < 0 && errno == EAGAIN;
+	connection->total += size;
+	return 1;
 }
 
-static void source(struct end *connection)
+static int source(struct end *connection)
 {
 	struct timespec at;
-	block(connection);
 	clock_gettime(CLOCK_MONOTONIC, &at);
-	double end = at.tv_sec + at.tv_nsec / 1e9 + SOURCE_SECONDS;
-	while (send(connection->fd, chunk, CHUNK, MSG_NOSIGNAL) > 0) {
-		clock_gettime(CLOCK_MONOTONIC, &at);
-		if (at.tv_sec + at.tv_nsec / 1e9 > end)
-			return;
+	double now = at.tv_sec + at.tv_nsec / 1e9;
+	if (!connection->end) {
+		struct epoll_event event = { .events = EPOLLOUT, .data.ptr = connection };
+		ssize_t size = recv(connection->fd, chunk, 1, 0);
+		if (size <= 0)
+			return size < 0 && errno == EAGAIN;
+		connection->end = now + SOURCE_SECONDS;
+		if (epoll_ctl(epoll, EPOLL_CTL_MOD, connection->fd, &event))
+			die("epoll_ctl");
 	}
+	if (now > connection->end)
+		return 0;
+	return send(connection->fd, chunk, CHUNK, MSG_NOSIGNAL) > 0 || errno == EAGAIN;
 }
 
 /* Whether the connection goes on. */
@@ -126,12 +131,12 @@ static int serve(struct end *connection)
 		if (!say(connection, connection->daemon->name, connection->length))
 			return 0;
 		connection->length = 0;
-		if (connection->what == SINK)
-			sink(connection);
-		if (connection->what == SOURCE)
-			source(connection);
-		return connection->what == ECHO;
+		return connection->what != ANSWER;
 	}
+	if (connection->what == SINK)
+		return sink(connection);
+	if (connection->what == SOURCE)
+		return source(connection);
 	ssize_t size = recv(connection->fd, chunk, CHUNK, 0);
 	if (size <= 0)
 		return size < 0 && errno == EAGAIN;

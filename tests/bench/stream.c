@@ -1,5 +1,5 @@
 /*
- * One established connection, or a few: what it carries once it stands. Blocking, each checked for the name first.
+ * Established connections: what they carry once they stand. Each is checked for the daemon's name first.
  *
  *   stream SETTING=VALUE ...    (those of common.h, and:)
  *     what       exchange, up or down
@@ -11,16 +11,18 @@
  *
  * It prints "ready", waits for a line, runs, and prints one line:
  *   exchange:  EXCHANGES START END USER SYSTEM P50 P99   (microseconds from message to answer)
- *   up, down:  BYTES     START END USER SYSTEM           (START when the name is read, END when the last byte is known to
- *                                                         have arrived)
+ *   up, down:  BYTES     START END USER SYSTEM           (of all connections together; END when the last byte is known
+ *                                                         to have arrived)
  * START and END in seconds of CLOCK_MONOTONIC, USER and SYSTEM in seconds of this process's CPU time between them.
  * Whatever goes wrong ends it with status 2 and a word on standard error; an answer of the wrong daemon, with status 3.
  */
 #include "common.h"
+#include <fcntl.h>
 
 #define MESSAGE 64
 #define CHUNK 262144
 #define PATIENCE 10
+#define EVENTS 64
 
 static unsigned char chunk[CHUNK];
 static long long *latencies;
@@ -96,32 +98,82 @@ static long exchange(const int *fds, int parallel, long count)
 	return measured;
 }
 
-/* Sends for some time, then has the server say how much arrived. */
-static long up(int fd, long long duration)
+static void set_blocking(int fd, int blocking)
 {
-	char answer[NAME] = "";
-	long sent = 0;
-	for (long long end = now() + duration; now() < end; sent += CHUNK)
-		send_all(fd, chunk, CHUNK);
-	shutdown(fd, SHUT_WR);
-	if (recv(fd, answer, NAME - 1, MSG_WAITALL) <= 0)
-		die("answer");
-	if (atol(answer) != sent) {
-		fprintf(stderr, "%ld bytes sent, %s arrived\n", sent, answer);
+	int flags = fcntl(fd, F_GETFL);
+	if (fcntl(fd, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK))
+		die("fcntl");
+}
+
+/* An epoll of all connections, which do not block any more. */
+static int watch(const int *fds, int parallel, unsigned events)
+{
+	int epoll = epoll_create1(0);
+	for (int n = 0; n < parallel; n++) {
+		struct epoll_event event = { .events = events, .data.fd = fds[n] };
+		set_blocking(fds[n], 0);
+		if (epoll_ctl(epoll, EPOLL_CTL_ADD, fds[n], &event))
+			die("epoll_ctl");
+	}
+	return epoll;
+}
+
+static int ready_ones(int epoll, struct epoll_event *events)
+{
+	int ready = epoll_wait(epoll, events, EVENTS, PATIENCE * 1000);
+	if (ready <= 0)
+		die("epoll_wait");
+	return ready;
+}
+
+/* Sends for some time, then has the servers say how much arrived. */
+static long up(const int *fds, int parallel, long long duration)
+{
+	struct epoll_event events[EVENTS];
+	long sent = 0, arrived = 0;
+	int epoll = watch(fds, parallel, EPOLLOUT);
+	for (long long end = now() + duration; now() < end;)
+		for (int n = ready_ones(epoll, events) - 1; n >= 0; n--) {
+			ssize_t size = send(events[n].data.fd, chunk, CHUNK, MSG_NOSIGNAL);
+			if (size < 0 && errno != EAGAIN)
+				die("send");
+			sent += size > 0 ? size : 0;
+		}
+	for (int n = 0; n < parallel; n++)
+		shutdown(fds[n], SHUT_WR);
+	for (int n = 0; n < parallel; n++) {
+		char answer[NAME] = "";
+		set_blocking(fds[n], 1);
+		if (recv(fds[n], answer, NAME - 1, MSG_WAITALL) <= 0)
+			die("answer");
+		arrived += atol(answer);
+	}
+	if (arrived != sent) {
+		fprintf(stderr, "%ld bytes sent, %ld arrived\n", sent, arrived);
 		exit(2);
 	}
 	return sent;
 }
 
-/* Reads until the server has sent enough, in its opinion. */
-static long down(int fd)
+/* Reads until the servers have sent enough, in their opinion. */
+static long down(const int *fds, int parallel)
 {
+	struct epoll_event events[EVENTS];
 	long received = 0;
-	ssize_t size;
-	while ((size = recv(fd, chunk, CHUNK, 0)) > 0)
-		received += size;
-	if (size < 0)
-		die("recv");
+	int epoll = watch(fds, parallel, EPOLLIN), open = parallel;
+	for (int n = 0; n < parallel; n++)
+		send_all(fds[n], chunk, 1);
+	while (open)
+		for (int n = ready_ones(epoll, events) - 1; n >= 0; n--) {
+			ssize_t size = recv(events[n].data.fd, chunk, CHUNK, 0);
+			if (size < 0 && errno != EAGAIN)
+				die("recv");
+			received += size > 0 ? size : 0;
+			if (!size) {
+				epoll_ctl(epoll, EPOLL_CTL_DEL, events[n].data.fd, NULL);
+				open--;
+			}
+		}
 	return received;
 }
 
@@ -150,9 +202,9 @@ int main(int argc, char **argv)
 	if (!strcmp(what, "exchange"))
 		result = exchange(fds, parallel, count);
 	else if (!strcmp(what, "up"))
-		result = up(fds[0], duration * 1000000000LL);
+		result = up(fds, parallel, duration * 1000000000LL);
 	else
-		result = down(fds[0]);
+		result = down(fds, parallel);
 	long long end = now();
 	getrusage(RUSAGE_SELF, &after);
 	printf("%ld %.6f %.6f %.6f %.6f %.1f %.1f\n", result, start / 1e9, end / 1e9,
