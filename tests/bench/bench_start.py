@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from tests.bench import registries, report
-from tests.bench.scenario import Result, rounds_of, spread
+from tests.bench.scenario import Goal, Result, rounds_of, spread
 from tests.netns.gateway import ENDPOINT4, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 
@@ -192,7 +192,7 @@ def run(console: Console) -> Result:
     }
     _show(console, figures)
     report.show_ratios(console, ratios)
-    return report.result(
+    return Result(
         "start",
         ratios,
         {
@@ -202,6 +202,7 @@ def run(console: Console) -> Result:
                 "routes": ROUTES, "aliases": registries.ALIASES, "rounds": ROUNDS, "import_s": round(import_s, 1),
             },
         },
+        [Goal(f"{way}/allowed", 1, at_least=False) for way in ALLOWED_S],
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Contract: `draw` is pure. It takes a chart as it is in the JSON of a result (tests/bench/scenario.py: Chart) and returns
 the text of a file. A bar is as long as its value, the thin line across its end goes from the lowest to the highest
-round, the dashed line is the chart's reference.
+round, the dashed line is the chart's reference, and values stand in a column of their own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ def _row(bar: Mapping[str, Any], y: int, scale: float) -> list[str]:
     middle, baseline = y + BAR / 2, y + BAR - 2
     value = bar["value"]
     median = value["median"] if isinstance(value, Mapping) else value
-    end = BEGIN + max(median, _highest(value)) * scale
     parts = [
         f'<text x="{BEGIN - 10}" y="{baseline}" text-anchor="end">{escape(bar["label"])}</text>',
         f'<rect class="{"ours" if bar["ours"] else "theirs"}" x="{BEGIN}" y="{y}" width="{median * scale:.1f}"'
@@ -75,7 +74,7 @@ def _row(bar: Mapping[str, Any], y: int, scale: float) -> list[str]:
         x1, x2 = (BEGIN + value[key] * scale for key in ("lowest", "highest"))
         parts.append(f'<line class="spread" x1="{x1:.1f}" y1="{middle}" x2="{x2:.1f}" y2="{middle}"/>')
     note = f'<tspan class="note" dx="8">{escape(bar["note"])}</tspan>' if bar["note"] else ""
-    parts.append(f'<text x="{end + 8:.1f}" y="{baseline}">{number(median)}{note}</text>')
+    parts.append(f'<text x="{BEGIN + LONGEST + 16}" y="{baseline}">{number(median)}{note}</text>')
     return parts
 
 
