@@ -45,7 +45,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
     record.py      the half of a worker that counts and logs decisions
-    config.py      TOML to values; every mistake found, each with its key
+    config/        TOML to values; every mistake found, each with its key: a file for each section
     privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
     relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port

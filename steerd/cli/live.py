@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from steerd.config import PORT_EXTENSION, Config, Service, Unextended
+from steerd.config import Config, Service, Unextended
+from steerd.config.parsers import PORT_EXTENSION
 from steerd.errors import Problem, SteerdError
 from steerd.kernel import host, listeners, sysctls
 from steerd.kernel.nftables import Nftables

@@ -1,5 +1,5 @@
 """The manual pages, made of the code: steerctl(1) and steerd(8) of the commands and their options, steerd.toml(5) of
-the structs that a configuration is read into (steerd.config) and of what stands below each of their fields.
+the structs that a configuration is read into (steerd.config.schema) and of what stands below each of their fields.
 
     python -m steerd.cli.man      # writes them to steerd/man
 
@@ -22,8 +22,9 @@ import typer
 from msgspec import Meta, Struct
 from typer.models import ArgumentInfo, OptionInfo
 
-from steerd import config, paths
+from steerd import paths
 from steerd.cli import common, ctl, main, options
+from steerd.config import schema
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "man"
 
@@ -219,8 +220,8 @@ def _configuration() -> str:
             " put in force."
         )
     )
-    tables = list(sections(config.FILE, ""))
-    tables.append(("TARGETS THAT NEED MORE WORDS THAN AN ADDRESS", config.TARGET))
+    tables = list(sections(schema.File, ""))
+    tables.append(("TARGETS THAT NEED MORE WORDS THAN AN ADDRESS", schema.Target))
     for title, struct in tables:
         lines.append(f".SH {_escaped(title)}\n")
         lines.append(_text(inspect.getdoc(struct) or ""))

@@ -16,8 +16,8 @@ from typing import Annotated, NamedTuple
 
 from msgspec import Meta, Struct
 
-from steerd import config as configuration
 from steerd.config import Config
+from steerd.config.conditions import as_parsed
 from steerd.control.registry import Reader
 from steerd.control.sessions import RequestError
 from steerd.core.explain import Explainer, Explanation, Known, condition_shown, route_shown
@@ -129,7 +129,7 @@ def check(
     found: Keys = {}
     for name, value in question.keys.items() if keys is None else keys:
         try:
-            parsed, value = configuration.as_parsed(name, value)
+            parsed, value = as_parsed(name, value)
             if parsed == "proxy.source":
                 ipaddress.ip_address(value)
         except ValueError as error:
@@ -269,7 +269,7 @@ def _server_name(explainer: Explainer, packet: Packet, name: str) -> Keys:
     usual = "tls.sni" if packet.protocol == TCP else "quic.sni"
     names = (f"{parser}.sni" for parser in explainer.parsers(packet) if f"{parser}.sni" in registry[parser].keys)
     try:
-        key, value = configuration.as_parsed(next(names, usual), name)
+        key, value = as_parsed(next(names, usual), name)
     except ValueError as error:
         raise RequestError("invalid", "sni", str(error)) from error
     return {key: value}

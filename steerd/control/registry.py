@@ -20,7 +20,8 @@ from contextlib import contextmanager
 import lmdb
 import msgspec
 
-from steerd.config import PORT_EXTENSION, PROXY, Config, Service, Unextended
+from steerd.config import Config, Service, Unextended
+from steerd.config.parsers import PORT_EXTENSION, PROXY
 from steerd.control import relays
 from steerd.control import sessions as session_table
 from steerd.control.drains import DrainTable

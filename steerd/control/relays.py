@@ -25,7 +25,8 @@ from typing import Protocol
 import lmdb
 import msgspec
 
-from steerd.config import Config, unix_daemons
+from steerd.config import Config
+from steerd.config.texts import unix_daemons
 from steerd.control.store import Store
 from steerd.core.pools import Pool
 from steerd.core.relays import Seats, fits

@@ -38,7 +38,9 @@ from typing import Any, Literal, NamedTuple
 import lmdb
 import msgspec
 
-from steerd.config import Config, RouteChecker, Service, condition_text
+from steerd.config import Config, Service
+from steerd.config.conditions import condition_text
+from steerd.config.routes import RouteChecker
 from steerd.control.relays import RelayTable
 from steerd.control.sessions import Places, RequestError
 from steerd.control.store import IdGiver, Store

@@ -30,8 +30,8 @@ import lmdb
 import msgspec
 from msgspec.structs import replace
 
-from steerd import config as configuration
 from steerd.config import Config, Service
+from steerd.config.sessions import check_session
 from steerd.control.relays import Standing
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
@@ -145,7 +145,7 @@ class SessionTable:
         with self._store.writing() as txn:
             config, found = self._of(service)
             try:
-                entry = configuration.check_session(config, found, session_id, target, source)
+                entry = check_session(config, found, session_id, target, source)
             except ConfigError as error:
                 problem = error.problems[0]
                 raise RequestError("invalid", problem.key, problem.message) from error

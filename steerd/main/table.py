@@ -13,7 +13,8 @@ from pathlib import Path
 
 from structlog.typing import FilteringBoundLogger
 
-from steerd.config import QUIC, Config, Service, Unextended
+from steerd.config import Config, Service, Unextended
+from steerd.config.parsers import QUIC
 from steerd.control.registry import Registry
 from steerd.core.pools import Pool
 from steerd.errors import SteerdError

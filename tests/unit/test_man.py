@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from steerd import config
 from steerd.cli import ctl, main, man
+from steerd.config import schema
 
 PAGES = man.pages()
 
@@ -48,7 +48,7 @@ def test_every_command_and_option_is_there_and_says_something() -> None:
 
 def test_every_key_of_the_configuration_is_explained() -> None:
     page = PAGES["steerd.toml.5"]
-    structs = [struct for _, struct in man.sections(config.FILE, "")] + [config.TARGET]
+    structs = [struct for _, struct in man.sections(schema.File, "")] + [schema.Target]
     assert len(structs) > 10
     for struct in structs:
         for field in msgspec.structs.fields(struct):

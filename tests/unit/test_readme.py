@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from steerd import config
 from steerd.cli import ctl, main
+from steerd.config.texts import parse_listen
 from steerd.core.choice import MAX_MEMBERS
 from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.core.wake import Limits, Wake
@@ -124,7 +125,7 @@ def test_metrics_and_logs() -> None:
     assert f"in each worker {FAILURES_PER_SECOND} a\nsecond" in TEXT
     for text in re.findall(r"^\| `metrics.listen` \| none \| (.*) \|$", TEXT, re.MULTILINE)[0].split(" or "):
         for listen in re.findall(r'"([^"]+)"', text):
-            assert str(config.parse_listen(listen)) == listen
+            assert str(parse_listen(listen)) == listen
     (directory,) = re.findall(r"In `(steerd/telemetry/\w+)` are", TEXT)
     assert {path.name for path in (ROOT / directory).iterdir()} == {"alerts.yml", "dashboard.json"}
 

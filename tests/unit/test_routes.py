@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerd import config
+from steerd.config.texts import parse_target
 from steerd.control import routes as routes_module
 from steerd.control.registry import Registry
 from steerd.control.sessions import RequestError
@@ -529,7 +530,7 @@ def test_what_is_acknowledged_is_what_is_there(
         uses = dict(txn.cursor(db=lab.registry.routes._uses))
     expected: dict[bytes, int] = {}
     for target in model.values():
-        packed = config.parse_target(target).address.packed
+        packed = parse_target(target).address.packed
         expected[packed] = expected.get(packed, 0) + 1
     assert {address: int.from_bytes(packed, "big") for address, packed in uses.items()} == expected
     lab.registry.close()

@@ -7,6 +7,7 @@ import ipaddress
 import pytest
 
 from steerd import config
+from steerd.config.texts import parse_target
 from steerd.core.sessions import SessionEntry, Sessions
 from steerd.errors import ConfigError
 
@@ -38,12 +39,12 @@ def test_sessions_become_values() -> None:
         "rtsp.session",
         "move",
         (
-            SessionEntry("d1-4711", (config.parse_target(one),), ipaddress.ip_address("198.51.100.7")),
-            SessionEntry("d2 x", (config.parse_target(two), config.parse_target("192.0.2.7:554")), None),
-            SessionEntry("d3", (config.parse_target(three),), ipaddress.ip_address("2001:db8:1::7")),
+            SessionEntry("d1-4711", (parse_target(one),), ipaddress.ip_address("198.51.100.7")),
+            SessionEntry("d2 x", (parse_target(two), parse_target("192.0.2.7:554")), None),
+            SessionEntry("d3", (parse_target(three),), ipaddress.ip_address("2001:db8:1::7")),
         ),
     )
-    assert config.parse(TEXT, "steerd.toml").wildcard == (config.parse_target(three),)
+    assert config.parse(TEXT, "steerd.toml").wildcard == (parse_target(three),)
 
 
 def test_a_table_without_sessions_is_for_the_api() -> None:

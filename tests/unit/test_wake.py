@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steerd import config
+from steerd.config.routes import RouteChecker
 from steerd.control import doors, polkit
 from steerd.control.doors import Porter, Visitor
 from steerd.core.wake import Door, Doorbell, DoorState, Limits, Policy, Sleepers, Start, Starter, Stop, Wake, escaped
@@ -158,7 +159,7 @@ def test_a_route_that_is_added_while_it_runs_wakes_nothing() -> None:
     found = config.parse(POOL.format(wake='"unit:t@{index}.service"', more="", target='"10.64.0.9:80"').replace(
         "default", 'inspect = ["http"]\ndefault'
     ), "steerd.toml")  # fmt: skip
-    checker = config.RouteChecker(found, found.services[0])
+    checker = RouteChecker(found, found.services[0])
     target = {"address": "10.64.0.1:80", "wake": ["/bin/sh"], "user": "nobody"}
     with pytest.raises(ConfigError, match="Has wake, which a target can have in the configuration only"):
         checker.check({"http.host": "a"}, target, None)

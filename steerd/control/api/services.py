@@ -8,7 +8,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from steerd.config import Service, parse_endpoint
+from steerd.config import Service
+from steerd.config.texts import parse_endpoint
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Page, Request
 from steerd.control.sessions import RequestError
