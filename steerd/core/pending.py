@@ -265,10 +265,12 @@ class _Undecided:
         return self.ranges[0][1] if self.ranges and self.ranges[0][0] == 0 else 0
 
     def begin_at(self, packet: Packet, limit: int) -> None:
-        """Take a lower segment for the beginning. What is held moves up; what moves beyond the limit is forgotten."""
+        """Take a lower segment for the beginning. What is held moves up; what moves beyond the limit is forgotten, and
+        so are decisions for the wrong beginning, which the kernel refused."""
         shift = (self.first.seq - packet.seq) & _SEQUENCE
         self.first = packet
         self.sights = 0
+        self.attempts = 1
         self.ranges = [(low + shift, min(high + shift, limit)) for low, high in self.ranges if low + shift < limit]
         self.buffer = bytearray(shift) + self.buffer if self.ranges else bytearray()
         if self.end is not None:

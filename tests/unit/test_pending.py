@@ -319,6 +319,16 @@ def test_attempts_are_counted_across_more_segments() -> None:
     assert held.segment(first, 5.0) == (GiveUp(Why.UNANSWERED, first, True),)
 
 
+def test_attempts_with_a_wrong_beginning_do_not_count() -> None:
+    held, first, second, third = made(), segment(0, b"ab"), segment(2, b"c"), segment(3, b"\n")
+    held.segment(second, 1.0)
+    assert decided(held.segment(third, 1.0)).first == second
+    assert held.segment(second, 2.5) == HOLD
+    assert held.segment(first, 2.5) == HOLD
+    assert decided(held.segment(third, 2.5)).attempt == 1
+    assert held.segment(first, 4.0) == HOLD, "the kernel refused once what it could open, and not twice"
+
+
 def test_what_was_acknowledged_cannot_be_decided_again_and_ends_in_a_reset() -> None:
     held = made()
     for _ in range(3):
