@@ -41,6 +41,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
                    announcer (systemd), relay (starts it), monitor (metrics for Prometheus), waker (starts sleeping
                    daemons, puts them to sleep), liveness (which of several targets listens)
     orders.py      what a worker is told when it is started
+    shared.py      how files in shared memory are made and mapped
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams

@@ -19,8 +19,6 @@ answer but the table. A door that was asked for, and a moment later is not there
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
 import socket
 import struct
 import time
@@ -28,6 +26,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from steerd import shared
 from steerd.core.wake import Door, DoorState
 from steerd.errors import SteerdError
 
@@ -61,14 +60,9 @@ class Porter:
     def __init__(self, run_dir: str) -> None:
         file = Path(run_dir) / "doors"
         try:
-            new = file.with_suffix(".new")
-            descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            try:
-                os.ftruncate(descriptor, _SIZE)
-                self._words = memoryview(mmap.mmap(descriptor, _SIZE)).cast("Q")
-            finally:
-                os.close(descriptor)
-            new.replace(file)
+            with shared.made_anew(file, _SIZE) as mapping:
+                self._words = memoryview(mapping).cast("Q")
+                self._write({}, False)
             name = Path(run_dir) / "wake.sock"
             name.unlink(missing_ok=True)
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -77,7 +71,6 @@ class Porter:
         except OSError as error:
             raise SteerdError(f"{run_dir} cannot be prepared for waking daemons: {error.strerror}") from error
         self._shown: tuple[Mapping[Door, DoorState], bool] = ({}, False)
-        self._write({}, False)
 
     def fileno(self) -> int:
         """Readable when somebody asks."""
@@ -121,10 +114,11 @@ class Visitor:
     def __init__(self, run_dir: str) -> None:
         file = Path(run_dir) / "doors"
         try:
-            with file.open("rb") as handle:
-                mapping = mmap.mmap(handle.fileno(), _SIZE, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            mapping = shared.mapped(file)
+        except OSError as error:
             raise SteerdError(f"{file} cannot be read ({error}): is steerd running?") from None
+        if mapping is None or len(mapping) != _SIZE:
+            raise SteerdError(f"{file} was written by another version of steerd: restart the daemon")
         self._words = memoryview(mapping).cast("Q")
         self._serial = -1
         self._doors: dict[Door, DoorState] = {}

@@ -11,10 +11,10 @@ by which the file is known.
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 from pathlib import Path
 
+from steerd import shared
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.errors import SteerdError
 
@@ -41,16 +41,8 @@ class States:
     @classmethod
     def create(cls, run_dir: str, highest_id: int) -> States:
         """Nothing is known of any target yet."""
-        # Another file, not the old one emptied: whoever has that one mapped would be killed by its next look.
-        new = path(run_dir).with_suffix(".new")
-        descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            os.ftruncate(descriptor, highest_id + 1)
-            mapping = mmap.mmap(descriptor, highest_id + 1)
-        finally:
-            os.close(descriptor)
-        mapping[: len(_MAGIC)] = _MAGIC
-        new.replace(path(run_dir))
+        with shared.made_anew(path(run_dir), highest_id + 1) as mapping:
+            mapping[: len(_MAGIC)] = _MAGIC
         return cls(mapping)
 
     @classmethod
@@ -58,14 +50,9 @@ class States:
         """Map an existing file, to read it; raises SteerdError if there is none or it is of another layout."""
         file = path(run_dir)
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            mapping = shared.mapped(file)
         except OSError as error:
             raise SteerdError(f"{file} cannot be read ({error.strerror}): is steerd running?") from None
-        try:
-            size = os.fstat(descriptor).st_size
-            mapping = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size > len(_MAGIC) else None
-        finally:
-            os.close(descriptor)
         if mapping is None or mapping[: len(_MAGIC)] != _MAGIC:
             raise SteerdError(f"{file} was written by another version of steerd: restart the daemon")
         return cls(mapping)

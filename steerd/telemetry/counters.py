@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import enum
 import mmap
-import os
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from steerd import shared
 from steerd.errors import NoAnswerError, SteerdError
 from steerd.model import Reason
 
@@ -160,20 +160,14 @@ class Counters:
     def create(cls, path: Path, workers: int) -> Counters:
         """Map the file at `path`; what was counted in it stays if it has the same shape, else it starts from zero."""
         size = (HEADER_WORDS + MAX_SERIES * _NAME_WORDS + workers * SLOT_WORDS) * 8
-        if path.exists() and path.stat().st_size != size:
-            # Not cut: whoever has it mapped (a worker that is about to end, steerctl top) would be killed by its next
-            # look.
-            path.unlink()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            os.ftruncate(descriptor, size)
-            counters = cls(path, mmap.mmap(descriptor, size))
-        finally:
-            os.close(descriptor)
-        words = counters._words
-        if words[0] != _MAGIC or words[_WORKERS_WORD] != workers:
-            counters._mapping[:] = bytes(size)
-            words[0], words[_WORKERS_WORD] = _MAGIC, workers
+        mapping = shared.mapped(path, write=True) if path.exists() else None
+        if mapping is not None and len(mapping) == size:
+            counters = cls(path, mapping)
+            if counters._words[0] == _MAGIC and counters.workers == workers:
+                return counters
+        with shared.made_anew(path, size) as mapping:
+            counters = cls(path, mapping)
+            counters._words[0], counters._words[_WORKERS_WORD] = _MAGIC, workers
             counters._give_place(0, OTHER, "")
             counters._give_place(1, "", "")
         return counters
@@ -182,16 +176,10 @@ class Counters:
     def open(cls, path: Path, *, write: bool = False) -> Counters:
         """Map an existing file; raises NoAnswerError if there is none, SteerdError if it is of another layout."""
         try:
-            descriptor = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+            mapping = shared.mapped(path, write=write)
         except FileNotFoundError:
             raise NoAnswerError(f"{path} does not exist: is steerd running?") from None
-        try:
-            size = os.fstat(descriptor).st_size
-            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
-            # An empty file is one that `create` has made a moment ago, and mmap refuses it.
-            counters = cls(path, mmap.mmap(descriptor, size, access=access)) if size and size % 8 == 0 else None
-        finally:
-            os.close(descriptor)
+        counters = cls(path, mapping) if mapping is not None and len(mapping) % 8 == 0 else None
         if counters is None or counters._words[0] != _MAGIC:
             raise SteerdError(f"{path} was written by another version of steerd: restart the daemon")
         return counters
