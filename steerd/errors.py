@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class SteerdError(Exception):
     """Something the operator must know; the command line prints it without a traceback."""
@@ -46,3 +48,14 @@ class NoAnswerError(SteerdError):
 
 class ForbiddenError(SteerdError):
     """Who asks has not the right to it."""
+
+
+class RequestError(SteerdError):
+    """A request that cannot be carried out. The message is a sentence."""
+
+    def __init__(self, code: Literal["not_found", "conflict", "invalid"], field: str | None, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
+        """What of the request is wrong: "service", "id", "target", "source"."""
+        self.message = message

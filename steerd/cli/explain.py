@@ -29,11 +29,10 @@ from steerd.control import client
 from steerd.control import explain as control
 from steerd.control.explain import Asked, ExplanationView, Question
 from steerd.control.registry import Reader, Registry
-from steerd.control.sessions import RequestError
 from steerd.control.states import States
 from steerd.core.engine import no_state
 from steerd.core.explain import Explainer
-from steerd.errors import ForbiddenError, NoAnswerError, RegistryError, SteerdError
+from steerd.errors import ForbiddenError, NoAnswerError, RegistryError, RequestError, SteerdError
 from steerd.model import Outcome
 from steerd.wire import packet as wire
 from steerd.wire.packet import Packet

@@ -43,7 +43,7 @@ def parse_endpoint(text: str) -> Endpoint:
         raise ValueError(f"{usage}; {shown(text)} does not end in /tcp or /udp.")
     if protocol not in PROTOCOL_NUMBERS:
         raise ValueError(f"{usage}; {shown(protocol)} is not a protocol that is steered, only tcp and udp are.")
-    address = _parse_address(host)
+    address = parse_address(host)
     if (kind := why_unusable(ipaddress.ip_network(address))) is not None:
         raise ValueError(f"{address} is {kind}; an endpoint has an address that clients connect to.")
     first, dash, last = ports.partition("-")
@@ -57,7 +57,7 @@ def parse_endpoint(text: str) -> Endpoint:
 def parse_target(text: str) -> Target:
     """`10.64.0.5:8080`, `[fd00:64::5]:same`."""
     host, port = _split(text, 'A target is written "10.64.0.1:8080", "[fd00:64::1]:8080", or with the port "same"')
-    return Target(_parse_address(host), 0 if port == "same" else _parse_port(port))
+    return Target(parse_address(host), 0 if port == "same" else _parse_port(port))
 
 
 def parse_listen(text: str) -> Listen | None:
@@ -71,7 +71,7 @@ def parse_listen(text: str) -> Listen | None:
         return Listen("", 0, path)
     usage = 'Where to listen is written "127.0.0.1:9464", "[::1]:9464" or "unix:/run/steerd/metrics.sock"'
     host, port = _split(text, usage)
-    return Listen(str(_parse_address(host)), _parse_port(port), "")
+    return Listen(str(parse_address(host)), _parse_port(port), "")
 
 
 def parse_unix(text: str, proxy_protocol: str | None = None) -> UnixDaemon:
@@ -109,7 +109,8 @@ def _split(text: str, usage: str) -> tuple[str, str]:
     return host, match["port"]
 
 
-def _parse_address(text: str) -> IPAddress:
+def parse_address(text: str) -> IPAddress:
+    """`10.64.0.5`, `fd00:64::5`; no name, and no zone (%eth0) behind it."""
     if _IPV4.fullmatch(text):
         with contextlib.suppress(OSError):  # several times as fast as ipaddress, and as strict
             return ipaddress.IPv4Address(int.from_bytes(socket.inet_pton(socket.AF_INET, text), "big"))
@@ -174,7 +175,7 @@ def why_unusable(network: IPNetwork) -> str | None:
 
 
 def parse_source(text: str) -> IPAddress:
-    address = _parse_address(text)
+    address = parse_address(text)
     if (kind := why_unusable(ipaddress.ip_network(address))) is not None:
         raise ValueError(f"{address} is {kind}; no client comes from there.")
     return address

@@ -22,30 +22,17 @@ import lmdb
 import msgspec
 
 from steerd.config import Config
+from steerd.control.places import Place, parse_place
 from steerd.control.routes import RouteTable
-from steerd.control.sessions import RequestError
 from steerd.control.states import States
 from steerd.control.store import IdGiver, Store
 from steerd.core.engine import IdBlock
 from steerd.core.pools import Block
-from steerd.model import DRAINED, IPAddress
+from steerd.errors import RequestError
+from steerd.model import DRAINED
 
 _PORT = struct.Struct("!H")
 _SINCE = struct.Struct("!Q")
-_MAX_PORT = 65535
-
-
-class Place(NamedTuple):
-    """What is drained: a target (port 0 is `same`), or with `port` None all targets of an address."""
-
-    address: IPAddress
-    port: int | None
-
-    def __str__(self) -> str:
-        if self.port is None:
-            return str(self.address)
-        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
-        return f"{host}:{self.port or 'same'}"
 
 
 class DrainView(msgspec.Struct, frozen=True):
@@ -217,38 +204,6 @@ class DrainTable:
         yield from self._store.ids_at(txn, place.address, place.port)
         for each in arithmetic:
             yield from _within(place, each)
-
-
-def parse_place(text: str) -> Place:
-    """A target, or an address. Raises RequestError."""
-    host, port = text, None
-    if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        wrong = not bracket or (rest and not rest.startswith(":"))
-        port = rest[1:] if rest else None
-    else:
-        wrong = False
-        if text.count(":") == 1:
-            host, _, port = text.partition(":")
-    number = _number(port)
-    address: IPAddress | None
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        address = None
-    if wrong or address is None or number == -1 or "%" in text:
-        message = f"{text} is no target; one is written 10.64.0.1:8080, [fd00:64::1]:8080, or without its port."
-        raise RequestError("invalid", "target", message)
-    return Place(address, number)
-
-
-def _number(port: str | None) -> int | None:
-    """-1: it is no port."""
-    if port is None:
-        return None
-    if port == "same":
-        return 0
-    return int(port) if port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= _MAX_PORT else -1
 
 
 def _within(place: Place, aliases: _Arithmetic) -> Iterator[int]:

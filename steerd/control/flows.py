@@ -10,29 +10,21 @@ than MAX_NAMED routes it is not looked for.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from steerd.config import Service
+from steerd.control.places import parse_place
 from steerd.control.registry import Reader, Registry
 from steerd.control.routes import RouteView
-from steerd.control.sessions import RequestError
+from steerd.errors import RequestError
 from steerd.model import PROTOCOL_NAMES, Flow, IPNetwork, Target
 
 MAX_NAMED = 20_000
 """Each of them is read for the sake of names."""
-
-_MAX_PORT = 65535
-_TARGET = re.compile(
-    r"\[(?P<ipv6>[0-9A-Fa-f:.]+)\](:(?P<port6>[1-9][0-9]*))?"
-    r"|(?P<ipv4>[0-9.]+)(:(?P<port4>[1-9][0-9]*))?"
-    r"|(?P<bare>[0-9A-Fa-f:.]+)"
-)
 
 
 class Entry(Protocol):
@@ -255,9 +247,5 @@ def _prefix(text: str) -> IPNetwork:
 
 
 def _target(text: str) -> Target:
-    found = _TARGET.fullmatch(text)
-    if found is not None and (port := int(found["port6"] or found["port4"] or 0)) <= _MAX_PORT:
-        with contextlib.suppress(ValueError):
-            return Target(ipaddress.ip_address(found["ipv6"] or found["ipv4"] or found["bare"]), port)
-    message = f"{text} is no target; one is written 10.64.0.1:443, or without its port."
-    raise RequestError("invalid", "target", message)
+    place = parse_place(text)
+    return Target(place.address, place.port or 0)

@@ -36,11 +36,10 @@ from msgspec import Meta
 
 from steerd.config import Config
 from steerd.control.routes import RouteTable, RouteView
-from steerd.control.sessions import RequestError
 from steerd.control.store import Store
 from steerd.core.leases import Seats
 from steerd.core.pools import Pool
-from steerd.errors import RegistryError
+from steerd.errors import RegistryError, RequestError
 from steerd.model import IPAddress
 
 MAX_COUNT = (1 << 63) - 1

@@ -42,7 +42,7 @@ from steerd.config import Config, Service
 from steerd.config.conditions import condition_text
 from steerd.config.routes import RouteChecker
 from steerd.control.relays import RelayTable
-from steerd.control.sessions import Places, RequestError
+from steerd.control.sessions import Places
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
 from steerd.core.engine import PayloadParser, TargetIds
@@ -65,7 +65,7 @@ from steerd.core.router import (
     table_key,
     values_of,
 )
-from steerd.errors import ConfigError, RegistryError
+from steerd.errors import ConfigError, RegistryError, RequestError
 from steerd.model import Choice, Policy, Route, Target, UnixDaemon
 from steerd.wire.registry import PATTERNED, check_patterns
 

@@ -36,19 +36,8 @@ from steerd.control.relays import Standing
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
 from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry
-from steerd.errors import ConfigError, RegistryError, SteerdError
+from steerd.errors import ConfigError, RegistryError, RequestError
 from steerd.model import IPAddress
-
-
-class RequestError(SteerdError):
-    """A request that cannot be carried out. The message is a sentence."""
-
-    def __init__(self, code: Literal["not_found", "conflict", "invalid"], field: str | None, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.field = field
-        """What of the request is wrong: "service", "id", "target", "source"."""
-        self.message = message
 
 
 class SessionView(msgspec.Struct, frozen=True):

@@ -28,7 +28,7 @@ import msgspec
 from steerd.control.drains import DrainLine
 from steerd.control.leases import LeaseLine, ReleasedLine
 from steerd.control.routes import RouteLine
-from steerd.control.sessions import RequestError
+from steerd.errors import RequestError
 
 if TYPE_CHECKING:
     from steerd.control.registry import Registry

@@ -10,13 +10,13 @@ import pytest
 
 from steerd import config
 from steerd.control import transfer
-from steerd.control.drains import DrainView, parse_place
+from steerd.control.drains import DrainView
+from steerd.control.places import parse_place
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError
 from steerd.control.states import States
 from steerd.core.choice import Chooser
 from steerd.core.engine import Decision, Engine
-from steerd.errors import RegistryError
+from steerd.errors import RegistryError, RequestError
 from steerd.model import DEAD, DRAINED, TCP, Answer, Extension, Outcome, Reason
 from steerd.wire import portext
 from steerd.wire.packet import Packet

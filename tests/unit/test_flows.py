@@ -15,8 +15,7 @@ from steerd import config
 from steerd.cli import ctl
 from steerd.control.flows import Chooser, wanted
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError
-from steerd.errors import NoAnswerError, SteerdError
+from steerd.errors import NoAnswerError, RequestError, SteerdError
 from steerd.model import TCP, UDP, Flow
 from tests.unit.test_api import Bare, Served, serving
 

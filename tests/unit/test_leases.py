@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from steerd import config
 from steerd.control.leases import LeaseView
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError
 from steerd.core.leases import Seats
-from steerd.errors import KernelError, RegistryError
+from steerd.errors import KernelError, RegistryError, RequestError
 from steerd.model import IPAddress
 from tests.unit.test_routes import Worker
 

@@ -14,10 +14,9 @@ from steerd import config
 from steerd.config import Config
 from steerd.control import relays, transfer
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError
 from steerd.core.pools import Pool
 from steerd.core.relays import Seats
-from steerd.errors import ConfigError, KernelError, RegistryError
+from steerd.errors import ConfigError, KernelError, RegistryError, RequestError
 from steerd.model import IPAddress, Target, UnixDaemon
 
 TEXT = """

@@ -16,10 +16,9 @@ from steerd import config
 from steerd.config.texts import parse_target
 from steerd.control import routes as routes_module
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError
 from steerd.core.choice import Chooser, Group
 from steerd.core.engine import Engine, no_state
-from steerd.errors import RegistryError, SteerdError
+from steerd.errors import RegistryError, RequestError, SteerdError
 from steerd.model import TCP, Answer, Outcome
 from steerd.wire import wireguard
 from steerd.wire.packet import Packet

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from steerd import config
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError, SessionView
+from steerd.control.sessions import SessionView
 from steerd.core.engine import Plan
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.core.sessions import Claim, OnNewSource
-from steerd.errors import RegistryError
+from steerd.errors import RegistryError, RequestError
 from steerd.model import Target
 from tests.unit.test_registry import another_process, reading
 

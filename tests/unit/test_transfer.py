@@ -12,7 +12,7 @@ import pytest
 from steerd import config
 from steerd.control import transfer
 from steerd.control.registry import Registry
-from steerd.control.sessions import RequestError
+from steerd.errors import RequestError
 
 NOW = 1_800_000_000.0
 TEXT = """

@@ -10,8 +10,9 @@ from msgspec import Struct
 
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Request
-from steerd.control.drains import DrainView, parse_place
+from steerd.control.drains import DrainView
 from steerd.control.flows import Chooser, Wanted
+from steerd.control.places import parse_place
 from steerd.model import IPAddress, Target
 
 ALL = "/v1/drains"

@@ -10,8 +10,8 @@ from steerd.control import explain
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Request
 from steerd.control.explain import ExplanationView, Question
-from steerd.control.sessions import RequestError
 from steerd.core.explain import MAX_LOOKED_AT, Explainer
+from steerd.errors import RequestError
 
 
 class Explained(Struct, frozen=True):

@@ -15,7 +15,7 @@ from steerd.control import flows
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Lines, Nothing, Operation, Request
 from steerd.control.flows import Chooser
-from steerd.control.sessions import RequestError
+from steerd.errors import RequestError
 
 ALL = "/v1/flows"
 

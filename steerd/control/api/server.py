@@ -31,8 +31,7 @@ from steerd.control.api.peers import MAX_CONNECTIONS, Door
 from steerd.control.api.seldom import Seldom
 from steerd.control.api.table import OPERATIONS
 from steerd.control.client import read_only_socket_path, socket_path
-from steerd.control.sessions import RequestError
-from steerd.errors import KernelError, RegistryError, SteerdError
+from steerd.errors import KernelError, RegistryError, RequestError, SteerdError
 
 GROUP = "steerd"
 

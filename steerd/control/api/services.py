@@ -12,7 +12,7 @@ from steerd.config import Service
 from steerd.config.texts import parse_endpoint
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Page, Request
-from steerd.control.sessions import RequestError
+from steerd.errors import RequestError
 from steerd.model import PROTOCOL_NAMES, TCP, Endpoint
 
 Decides = Literal["syn", "first payload", "first datagrams", "every datagram"]
