@@ -1,13 +1,23 @@
-"""Early steering against plain kernel DNAT: connections a second, latency, and CPU time of everybody who took part.
+"""Early steering against plain kernel DNAT, a hand-written nft map, HAProxy and nginx stream: connections a second,
+latency, and CPU time of everybody who took part.
 
-Two gateways (tests/bench/lab.py): `steered`, with steerd, and `translated`, with one nft rule a family. A connection is
-connect, read the daemon's name (which is checked), close. To `steered` every connection goes to one port and carries
-the extension of its alias; to `translated` it goes to a port of its alias's own, which `dnat to tcp dport map`
-translates: what one would write without steerd. Both are measured with the same IP option on every packet, since the
-option alone costs the kernel something; a third figure is DNAT without it.
+A gateway each (tests/bench/lab.py). A connection is connect, read the daemon's name (which is checked), close. To the
+first two every connection goes to one port and carries the extension of its alias:
+
+- early: steerd;
+- map: `dnat to @nh,192,16 map`, written by hand for what the clients here send, and nothing else: one option, at one
+  place of the header, and a rule a family. It knows no route by source, no default, no other option in front or behind,
+  no option of TCP's; nothing keeps a client that reuses its port with another extension from the old target, who reads
+  its counters learns nothing about reasons, and whoever changes it does so by hand.
+
+To the others, which cannot read options, it goes to a port of its alias's own: what one would do without steerd.
+
+- dnat: one nft rule a family, `dnat to tcp dport map`; with the same option on every packet, since the option alone
+  costs the kernel something, and without it (`..._no_option`);
+- haproxy, nginx: which choose by port (tests/bench/peers.py); without option. sslh cannot.
 
 Fair play: client, server, number of sockets, aliases, connections at a time, CPUs are the same. `all` is the CPU time
-of client, server and steerd together, and `..._per_cpu_second` compares connections per second of it, which holds on a
+of client, server and system together, and `..._per_cpu_second` compares connections per second of it, which holds on a
 busy machine too (`machine_...` is everything that ran meanwhile, whosever it was). The kinds take turns, round by
 round; between rounds conntrack is emptied, so that no limit has to be raised, and no source port is used twice in one
 bench.
@@ -15,6 +25,7 @@ bench.
 
 from __future__ import annotations
 
+import ipaddress
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -23,17 +34,29 @@ from rich.progress import Progress
 
 from steerd.model import Extension
 from steerd.wire import portext
-from tests.bench import report
-from tests.bench.lab import ALIAS_PORT, ENDPOINT_PORT, FIRST_TRANSLATED_PORT, PARTS, Gateway, Lab, Round, Run, Way
-from tests.bench.scenario import Goal, Result, rounds_of
+from tests.bench import peers, report
+from tests.bench.lab import (
+    ALIAS_PORT,
+    ENDPOINT_PORT,
+    FIRST_ALIAS,
+    FIRST_TRANSLATED_PORT,
+    PARTS,
+    Gateway,
+    Lab,
+    Round,
+    Run,
+    Way,
+)
+from tests.bench.peers import Choice
+from tests.bench.scenario import Goal, Result, count_of, rounds_of
 
 DAEMONS = Run("answer", request=0, first=0, size=1024)
 # Many short rounds: whatever else the machine does then disturbs neighbours alike, and a few rounds are quiet.
-ROUNDS = rounds_of(15)
-COUNT = 6_000
+ROUNDS = rounds_of(11)
+COUNT = count_of(6_000)
 PARALLEL = 64
 LATENCY_ROUNDS = rounds_of(3)
-LATENCY_COUNTS = {1: 1500, 32: 6000}
+LATENCY_COUNTS = {1: count_of(1500), 32: count_of(6000)}
 
 SERVICE = f"""\
 inspect = ["port-extension"]
@@ -46,26 +69,67 @@ class Kind(NamedTuple):
     """One of the things that take turns."""
 
     name: str
+    system: str
     version: int
-    steered: bool
     option: bool
 
 
-KINDS = tuple(
-    kind
-    for version, suffix in ((4, ""), (6, "6"))
-    for kind in (
-        Kind(f"early{suffix}", version, steered=True, option=True),
-        Kind(f"dnat{suffix}", version, steered=False, option=True),
-        Kind(f"dnat{suffix}_no_option", version, steered=False, option=False),
+def _kinds(version: int, suffix: str) -> tuple[Kind, ...]:
+    return (
+        *(Kind(f"{system}{suffix}", system, version, option=True) for system in ("early", "map", "dnat")),
+        Kind(f"dnat{suffix}_no_option", "dnat", version, option=False),
     )
-)
+
+
+PEERS = ("haproxy", "nginx")
+KINDS = (*_kinds(4, ""), *(Kind(peer, peer, 4, option=False) for peer in PEERS), *_kinds(6, "6"))
+LABELS = {
+    "early": "steerd",
+    "map": "an nft map by hand",
+    "dnat": "DNAT, a port each",
+    "haproxy": "HAProxy, a port each",
+    "nginx": "nginx stream, a port each",
+}
+
+
+def _start(lab: Lab) -> dict[str, Gateway]:
+    """A gateway for each system, which runs."""
+    gateways = {system: lab.gateway(system) for system in LABELS}
+    lab.steerd(gateways["early"], SERVICE)
+    _map(gateways["map"])
+    lab.translate(gateways["dnat"])
+    peers.haproxy(lab, gateways["haproxy"], Choice.PORT, _port)
+    peers.nginx(lab, gateways["nginx"], Choice.PORT, _port)
+    return gateways
+
+
+def _port(number: int) -> str:
+    return str(FIRST_TRANSLATED_PORT + number)
+
+
+def _map(gateway: Gateway) -> None:
+    """Rules that find the extension where these clients write it."""
+    gateway.host.sh("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_time_wait=10")
+    matches = {4: "ip hdrlength 7 @nh,160,32 0x9e085354", 6: "ip6 nexthdr 60 @nh,336,32 0x1e065354"}
+    extension = {4: "@nh,192,16", 6: "@nh,368,16"}
+    rules = ""
+    for version, family in ((4, "ip"), (6, "ip6")):
+        base = ipaddress.ip_address(FIRST_ALIAS[version])
+        pairs = ", ".join(f"{number + 1} : {base + number} . {ALIAS_PORT}" for number in range(DAEMONS.size))
+        rules += (
+            f"{family} daddr {gateway.endpoint[version]} tcp dport {ENDPOINT_PORT} {matches[version]}"
+            f" dnat {family} to {extension[version]} map {{ {pairs} }}\n"
+        )
+    path = gateway.directory / "map.nft"
+    path.write_text(f"table inet plain {{ chain steer {{\ntype nat hook prerouting priority dstnat;\n{rules}}}\n}}\n")
+    gateway.host.sh(f"nft -f {path}")
 
 
 def _way(kind: Kind, gateway: Gateway) -> Way:
     none, numbers = Extension(0, 0), portext.Numbers()
     option = portext.encode_ipv4(none, numbers) if kind.version == 4 else portext.encode_ipv6(none, numbers)
-    port, ports = (ENDPOINT_PORT, 1) if kind.steered else (FIRST_TRANSLATED_PORT, DAEMONS.size)
+    one_port = kind.system in ("early", "map")
+    port, ports = (ENDPOINT_PORT, 1) if one_port else (FIRST_TRANSLATED_PORT, DAEMONS.size)
     at = option.index(numbers.exid.to_bytes(2, "big")) + 2
     return Way(gateway, kind.version, port, ports, option=option if kind.option else b"", option_at=at)
 
@@ -74,15 +138,13 @@ def run(console: Console) -> Result:
     """All kinds in turn, then their latency; about two minutes."""
     with ExitStack() as stack:
         lab = Lab(stack, [DAEMONS])
-        steered, translated = lab.gateway("steered"), lab.gateway("translated")
-        lab.steerd(steered, SERVICE)
-        lab.translate(translated)
+        gateways = _start(lab)
         progress = stack.enter_context(Progress(console=console))
         task = progress.add_task("rounds", total=(1 + ROUNDS + LATENCY_ROUNDS * len(LATENCY_COUNTS)) * len(KINDS))
 
         def rounds(number: int, count: int, parallel: int) -> dict[str, list[Round]]:
             def measure(kind: Kind) -> Round:
-                found = lab.connections(_way(kind, steered if kind.steered else translated), DAEMONS, count, parallel)
+                found = lab.connections(_way(kind, gateways[kind.system]), DAEMONS, count, parallel)
                 progress.advance(task)
                 return found
 
@@ -100,15 +162,17 @@ def run(console: Console) -> Result:
     }
     figures["conditions"] = {
         "rounds": ROUNDS, "connections_a_round": COUNT, "at_a_time": PARALLEL, "aliases": DAEMONS.size, "parts": PARTS,
-        "pinned": False, "all_on_one_machine": True, "void_rounds": lab.void,
+        "all_on_one_machine": True, "void_rounds": lab.void,
     }  # fmt: skip
     ratios = {}
-    for ours, theirs in (("early", "dnat"), ("early6", "dnat6")):
-        ratios[f"{ours}/{theirs}"] = report.rate_ratio(throughput, ours, theirs)
-        ratios[f"{ours}/{theirs}_no_option"] = report.rate_ratio(throughput, ours, f"{theirs}_no_option")
-        ratios[f"{ours}/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, ours, theirs)
+    for theirs in ("dnat", "map", "haproxy", "nginx", "dnat_no_option"):
+        ratios[f"early/{theirs}"] = report.rate_ratio(throughput, "early", theirs)
+        ratios[f"early/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, "early", theirs)
+    for theirs in ("dnat6", "map6", "dnat6_no_option"):
+        ratios[f"early6/{theirs}"] = report.rate_ratio(throughput, "early6", theirs)
+        ratios[f"early6/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, "early6", theirs)
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
     goals = [Goal(f"early{suffix}/dnat{suffix}", 0.95) for suffix in ("", "6")]
-    chart = report.rate_chart(throughput, "early", "dnat", {"early": "steerd", "dnat": "DNAT, a port each"})
-    return Result("early", ratios, figures, goals, [chart])
+    charts = [report.rate_chart(throughput, "early", LABELS), report.latency_chart(latency[1], "early", LABELS)]
+    return Result("early", ratios, figures, goals, charts)

@@ -23,6 +23,7 @@ def figures(rounds: Sequence[Round], latency: Mapping[int, Sequence[Round]]) -> 
     return {
         "connections_per_s": rounded(spread([r.rate for r in rounds]), 0),
         "retried": sum(r.retried for r in rounds),
+        "failed": sum(r.failed for r in rounds),
         "cpu_us_per_connection": {name: round(microseconds, 1) for name, microseconds in cpu.items()},
         "generator_cores": round(statistics.mean(r.generator_cores for r in rounds), 2),
         "first_byte_us": {
@@ -33,6 +34,12 @@ def figures(rounds: Sequence[Round], latency: Mapping[int, Sequence[Round]]) -> 
             for parallel, measured in latency.items()
         },
     }
+
+
+def median_of(rounds: Sequence[Round], field: str) -> float:
+    """Of one of the fields."""
+    values: list[float] = [getattr(r, field) for r in rounds]
+    return statistics.median(values)
 
 
 def rounded(value: Spread, digits: int) -> dict[str, float]:
@@ -59,20 +66,42 @@ def cpu_ratio(measured: Rounds, ours: str, theirs: str, *, without: str = "") ->
     )
 
 
-def rate_chart(measured: Rounds, ours: str, reference: str, systems: Mapping[str, str]) -> Chart:
-    """Connections a second of each of `systems` (kinds, and what a reader calls them) as ratios to the reference, round
-    by round, and their median."""
+def rate_chart(measured: Rounds, ours: str, systems: Mapping[str, str]) -> Chart:
+    """Connections a second of each of `systems` (kinds, and what a reader calls them) as ratios to DNAT, round by
+    round, and their median."""
     bars = [
         Bar(
             label,
-            rate_ratio(measured, name, reference),
+            rate_ratio(measured, name, "dnat"),
             ours=name == ours,
-            note=f"{statistics.median(r.rate for r in measured[name]):,.0f} /s",
+            note=f"{median_of(measured[name], 'rate'):,.0f} /s" + _losses(measured[name]),
         )
         for name, label in systems.items()
     ]
-    title = f"New connections a second, as a ratio to {systems[reference]} in the same run (more is better)"
+    title = "New connections a second, as a ratio to DNAT in the same run (more is better)"
     return Chart("connections", title, bars, reference=1)
+
+
+def latency_chart(measured: Rounds, ours: str, systems: Mapping[str, str]) -> Chart:
+    """Connect to first byte, one at a time, as ratios to DNAT; p50 and p99 behind it."""
+    bars = [
+        Bar(
+            label,
+            paired((r.p50_us for r in measured[name]), (r.p50_us for r in measured["dnat"])),
+            ours=name == ours,
+            note=f"p50 {median_of(measured[name], 'p50_us'):.0f} us, p99 {median_of(measured[name], 'p99_us'):.0f} us",
+        )
+        for name, label in systems.items()
+    ]
+    title = "Connect to first byte of the answer, one at a time: p50 as a ratio to DNAT (less is better)"
+    return Chart("latency", title, bars, reference=1)
+
+
+def _losses(rounds: Sequence[Round]) -> str:
+    if not any(r.failed for r in rounds):
+        return ""
+    lost = statistics.mean(r.failed / (r.failed + r.good) for r in rounds)
+    return f", and {lost:.0%} fail"
 
 
 def show_ratios(console: Console, ratios: Mapping[str, Spread]) -> None:
