@@ -1,7 +1,11 @@
-"""Datagram steering against plain kernel DNAT: first datagrams a second, and packets a second of established flows.
+"""Datagram steering against plain kernel DNAT, a hand-written nft map and nginx stream: first datagrams a second, and
+packets a second of established flows.
 
-Two gateways (tests/bench/lab.py): `steered`, with steerd, and `translated`, with one nft rule a family, where every
-daemon has a port of its own, since DNAT cannot look at names. A flow is a socket on a new port, what a client says
+A gateway each (tests/bench/lab.py): `steered`, with steerd; `translated`, with one nft rule a family, where every
+daemon has a port of its own, since DNAT cannot look at names; `map`, whose rule has the first four bytes of the payload
+looked up, `dnat to @th,64,32 map`, which is all that `prefix` does here (a map by hand cannot wait for more, has no
+longest beginning, no expression, and cannot read QUIC, which is encrypted); `nginx`, by port, which sees no names in
+datagrams either. HAProxy 2.6 and sslh 1.20 pass no datagrams on. A flow is a socket on a new port, what a client says
 first, the answer (the daemon's name, which is checked), close. By kind:
 
 - datagram: a few bytes, steered by `prefix`; datagram_dns: a DNS query (each is decided, but here each also has a port
@@ -30,12 +34,13 @@ from typing import Any, NamedTuple, TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.bench import report
+from tests.bench import peers, report
 from tests.bench.lab import (
     ALIAS_PORT,
     FIRST_ALIAS,
     FIRST_TRANSLATED_PORT,
     PARTS,
+    Gateway,
     Lab,
     Packets,
     Programs,
@@ -43,18 +48,19 @@ from tests.bench.lab import (
     Run,
     Way,
 )
-from tests.bench.scenario import Result, Spread, rounds_of, spread
+from tests.bench.peers import Choice, by_port
+from tests.bench.scenario import Result, Spread, count_of, rounds_of, spread
 from tests.initials import client_hello, flight
 from tests.netns.datagram_flood import HELLO_SIZE, query
 
 DAEMONS = Run("answer", request=0, first=0, size=1024)
 NAME = "t{:03x}.example"
-ROUNDS = rounds_of(9)
-COUNT = 6_000
+ROUNDS = rounds_of(7)
+COUNT = count_of(6_000)
 PARALLEL = 64
 LATENCY_ROUNDS = rounds_of(3)
-LATENCY_COUNTS = {1: 1500, 32: 6000}
-PACKET_ROUNDS = rounds_of(9)
+LATENCY_COUNTS = {1: count_of(1500), 32: count_of(6000)}
+PACKET_ROUNDS = rounds_of(7)
 FLOWS = 16
 SIZES = {"": 64, "_1200": 1200}
 
@@ -83,30 +89,34 @@ PREFIX, DNS, QUIC, BROWSER = (say.name for say in SAID)
 
 
 class Kind(NamedTuple):
-    """One of the things that take turns; `port`: the steered service's, None for DNAT."""
+    """One of the things that take turns; `port`: the steered service's, None where each daemon has one."""
 
     name: str
     said: str
     port: int | None
     version: int = 4
+    system: str = "steered"
 
 
 def _kinds(version: int, suffix: str) -> tuple[Kind, ...]:
     return (
         Kind(f"datagram{suffix}", PREFIX, 500, version),
-        Kind(f"dnat{suffix}", PREFIX, None, version),
+        Kind(f"dnat{suffix}", PREFIX, None, version, "translated"),
+        Kind(f"map{suffix}", PREFIX, 500, version, "map"),
         Kind(f"datagram{suffix}_dns", DNS, 53, version),
-        Kind(f"dnat{suffix}_dns", DNS, None, version),
+        Kind(f"dnat{suffix}_dns", DNS, None, version, "translated"),
         Kind(f"datagram{suffix}_quic", QUIC, 443, version),
-        Kind(f"dnat{suffix}_quic", QUIC, None, version),
+        Kind(f"dnat{suffix}_quic", QUIC, None, version, "translated"),
     )
 
 
 KINDS = (
     *_kinds(4, ""),
+    Kind("nginx", PREFIX, None, 4, "nginx"),
+    Kind("nginx_quic", QUIC, None, 4, "nginx"),
     Kind("datagram_quic_no_rebinding", QUIC, 444),
     Kind("datagram_browser", BROWSER, 443),
-    Kind("dnat_browser", BROWSER, None),
+    Kind("dnat_browser", BROWSER, None, 4, "translated"),
     *_kinds(6, "6"),
 )
 ESTABLISHED = tuple(
@@ -115,15 +125,31 @@ ESTABLISHED = tuple(
     for kind in (
         Kind(f"established{suffix}", PREFIX, 500, version),
         Kind(f"established{suffix}_rebinding", QUIC, 443, version),
-        Kind(f"dnat{suffix}", PREFIX, None, version),
+        Kind(f"dnat{suffix}", PREFIX, None, version, "translated"),
     )
 )
 PAIRS = [
     *((f"datagram{v}{what}", f"dnat{v}{what}") for v in ("", "6") for what in ("", "_dns", "_quic")),
+    ("datagram", "map"),
+    ("datagram6", "map6"),
+    ("datagram", "nginx"),
+    ("datagram_quic", "nginx_quic"),
     ("datagram_quic_no_rebinding", "dnat_quic"),
     ("datagram_quic", "datagram_quic_no_rebinding"),
     ("datagram_browser", "dnat_browser"),
 ]
+
+LABELS = {
+    "datagram": "steerd, first bytes",
+    "map": "an nft map by hand",
+    "dnat": "DNAT, a port each",
+    "nginx": "nginx stream, a port each",
+}
+QUIC_LABELS = {
+    "datagram_quic": "steerd, QUIC's server name",
+    "dnat_quic": "DNAT, a port each",
+    "nginx_quic": "nginx stream, a port each",
+}
 
 Rounds = dict[str, list[Round]]
 _R = TypeVar("_R")
@@ -151,20 +177,39 @@ def _records(say: Say) -> bytes:
     return records
 
 
+def _map(gateway: Gateway) -> None:
+    """Rules that look up the first bytes of the payload."""
+    rules = ""
+    for version, family in ((4, "ip"), (6, "ip6")):
+        base = ipaddress.ip_address(FIRST_ALIAS[version])
+        pairs = ", ".join(
+            f"0x{f't{number:03x}'.encode().hex()} : {base + number} . {ALIAS_PORT}" for number in range(DAEMONS.size)
+        )
+        rules += (
+            f"{family} daddr {gateway.endpoint[version]} udp dport 500 dnat {family} to @th,64,32 map {{ {pairs} }}\n"
+        )
+    path = gateway.directory / "map.nft"
+    path.write_text(f"table inet plain {{ chain steer {{\ntype nat hook prerouting priority dstnat;\n{rules}}}\n}}\n")
+    gateway.host.sh(f"nft -f {path}")
+
+
 class Bench:
     """The two gateways, and how to measure one kind on its own."""
 
     def __init__(self, stack: ExitStack, console: Console) -> None:
         self.lab = Lab(stack, [DAEMONS], Programs("flows", "packets", "responder"))
-        self._steered, self._translated = self.lab.gateway("steered"), self.lab.gateway("translated")
+        self._gateways = {system: self.lab.gateway(system) for system in ("steered", "translated", "map", "nginx")}
+        steered = self._gateways["steered"]
         services = "".join(
-            self.lab.service(self._steered, name, port, "udp") + f'inspect = ["{say.key.partition(".")[0]}"]\n'
+            self.lab.service(steered, name, port, "udp") + f'inspect = ["{say.key.partition(".")[0]}"]\n'
             + more + _routes(say)
             for say in SAID
             for name, port, more in say.services
         )  # fmt: skip
-        self.lab.steerd(self._steered, services, head="")
-        self.lab.translate(self._translated, "udp")
+        self.lab.steerd(steered, services, head="")
+        self.lab.translate(self._gateways["translated"], "udp")
+        _map(self._gateways["map"])
+        peers.nginx(self.lab, self._gateways["nginx"], Choice.PORT, by_port, udp=True)
         for say in SAID:
             (self.lab.directory / say.name).write_bytes(_records(say))
         self._progress = stack.enter_context(Progress(console=console))
@@ -184,9 +229,10 @@ class Bench:
 
     def _way(self, kind: Kind) -> Way:
         records = str(self.lab.directory / kind.said)
+        gateway = self._gateways[kind.system]
         if kind.port is None:
-            return Way(self._translated, kind.version, FIRST_TRANSLATED_PORT, DAEMONS.size, records=records)
-        return Way(self._steered, kind.version, kind.port, 1, records=records)
+            return Way(gateway, kind.version, FIRST_TRANSLATED_PORT, DAEMONS.size, records=records)
+        return Way(gateway, kind.version, kind.port, 1, records=records)
 
 
 def run(console: Console) -> Result:
@@ -227,7 +273,12 @@ def run(console: Console) -> Result:
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
     _show_packets(console, figures["established"])
-    return Result("datagram", ratios, figures)
+    charts = [
+        report.rate_chart(throughput, "datagram", LABELS, what="flows"),
+        report.latency_chart(latency[1], "datagram", LABELS),
+        report.rate_chart(throughput, "datagram_quic", QUIC_LABELS, "dnat_quic", "QUIC flows"),
+    ]
+    return Result("datagram", ratios, figures, charts=charts)
 
 
 def _packet_figures(rounds: Sequence[Packets]) -> dict[str, Any]:

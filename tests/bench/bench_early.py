@@ -47,7 +47,7 @@ from tests.bench.lab import (
     Run,
     Way,
 )
-from tests.bench.peers import Choice
+from tests.bench.peers import Choice, by_port
 from tests.bench.scenario import Goal, Result, count_of, rounds_of
 
 DAEMONS = Run("answer", request=0, first=0, size=1024)
@@ -98,13 +98,9 @@ def _start(lab: Lab) -> dict[str, Gateway]:
     lab.steerd(gateways["early"], SERVICE)
     _map(gateways["map"])
     lab.translate(gateways["dnat"])
-    peers.haproxy(lab, gateways["haproxy"], Choice.PORT, _port)
-    peers.nginx(lab, gateways["nginx"], Choice.PORT, _port)
+    peers.haproxy(lab, gateways["haproxy"], Choice.PORT, by_port)
+    peers.nginx(lab, gateways["nginx"], Choice.PORT, by_port)
     return gateways
-
-
-def _port(number: int) -> str:
-    return str(FIRST_TRANSLATED_PORT + number)
 
 
 def _map(gateway: Gateway) -> None:

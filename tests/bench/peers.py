@@ -89,7 +89,7 @@ events {{
 stream {{
     map_hash_max_size 16384;
     map_hash_bucket_size 128;
-    proxy_half_close on;
+    {half_close}
     proxy_timeout 60s;
     proxy_buffer_size 256k;
 {servers}
@@ -102,7 +102,7 @@ _NGINX_SERVER = """\
     server {{
         listen {endpoint} {listen};
         proxy_bind {source};
-        proxy_pass $target{version};
+        proxy_pass $target{version};{more}
     }}
 """
 
@@ -121,6 +121,11 @@ _SSLH_PROTOCOL = {
     Choice.TLS: 'name: "tls"; sni_hostnames: [ "{name}" ]',
     Choice.HTTP: 'name: "regex"; regex_patterns: [ "Host: {name}" ]',
 }
+
+
+def by_port(number: int) -> str:
+    """The name of a daemon that has a port of its own: Lab.translate has the same."""
+    return str(FIRST_TRANSLATED_PORT + number)
 
 
 def haproxy(lab: Lab, gateway: Gateway, choice: Choice, name: Name) -> None:
@@ -154,6 +159,8 @@ def nginx(lab: Lab, gateway: Gateway, choice: Choice, name: Name, *, udp: bool =
             endpoint=_endpoint(lab, gateway, version, choice),
             listen="udp reuseport" if udp else "reuseport backlog=4096",
             source=gateway.endpoint[version],
+            # A flow here is one datagram and its answer.
+            more=" proxy_responses 1;" if udp else "",
             names="\n".join(f"{name(i)} {_target(version, i)};" for i in range(lab.size)),
         )
         for version in FIRST_ALIAS
@@ -163,6 +170,7 @@ def nginx(lab: Lab, gateway: Gateway, choice: Choice, name: Name, *, udp: bool =
         directory=gateway.directory,
         log=gateway.directory / "log",
         processes=PARTS,
+        half_close="" if udp else "proxy_half_close on;",
         servers=("ssl_preread on;\n" if choice is Choice.TLS else "") + servers,
     )
     _start(lab, gateway, text, "nginx", "-e", str(gateway.directory / "log"), "-c")

@@ -66,20 +66,22 @@ def cpu_ratio(measured: Rounds, ours: str, theirs: str, *, without: str = "") ->
     )
 
 
-def rate_chart(measured: Rounds, ours: str, systems: Mapping[str, str]) -> Chart:
-    """Connections a second of each of `systems` (kinds, and what a reader calls them) as ratios to DNAT, round by
+def rate_chart(
+    measured: Rounds, ours: str, systems: Mapping[str, str], dnat: str = "dnat", what: str = "connections"
+) -> Chart:
+    """How many a second each of `systems` (kinds, and what a reader calls them) opens, as ratios to DNAT, round by
     round, and their median."""
     bars = [
         Bar(
             label,
-            rate_ratio(measured, name, "dnat"),
-            ours=name == ours,
-            note=f"{median_of(measured[name], 'rate'):,.0f} /s" + _losses(measured[name]),
+            rate_ratio(measured, kind, dnat),
+            ours=kind == ours,
+            note=f"{median_of(measured[kind], 'rate'):,.0f} /s" + _losses(measured[kind]),
         )
-        for name, label in systems.items()
+        for kind, label in systems.items()
     ]
-    title = "New connections a second, as a ratio to DNAT in the same run (more is better)"
-    return Chart("connections", title, bars, reference=1)
+    title = f"New {what} a second, as a ratio to DNAT in the same run (more is better)"
+    return Chart(what.replace(" ", "-"), title, bars, reference=1)
 
 
 def latency_chart(measured: Rounds, ours: str, systems: Mapping[str, str]) -> Chart:

@@ -1,4 +1,5 @@
-"""What is made of benchmark results: lengths in plots, goals on the page. Pure; nothing is measured."""
+"""What is made of benchmark results: lengths in plots, goals on the page; and who is on which core. Pure; nothing is
+measured."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 from xml.etree import ElementTree as ET
 
 from tests.bench import plot, results
+from tests.bench.lab import placement
 from tests.bench.scenario import Bar, Chart, Goal, Result, Spread
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,3 +56,9 @@ def test_a_document_says_where_it_was_measured() -> None:
     assert {"cpu", "cores", "memory_mb", "kernel", "system"} == set(found["machine"])
     assert {"python", "nft", "steerd"} <= set(found["versions"])
     assert found["date"].endswith("+00:00")
+
+
+def test_clients_have_cores_of_their_own_where_there_are_enough() -> None:
+    assert placement([0, 1, 2, 3, 4, 5], 64) == ([4, 5], [0, 1, 2, 3])
+    assert placement([0, 1], 64) == ([0, 1], [0, 1])
+    assert placement([0, 1, 2, 3], 1) == ([0], [0])
