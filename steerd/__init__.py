@@ -51,8 +51,9 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
-    core/          engine, explain, router, choice (of several targets), sessions, pending (first payloads), datagrams,
-                   pools, leases, marks, wake (daemons that sleep), plan (have and want -> what to do)
+    core/          engine, explain (with its sentences), router, choice (of several targets), sessions, pending (first
+                   payloads), datagrams, pools, leases, marks, wake (daemons that sleep), plan (have and want -> what to
+                   do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
                    sockets (ends a connection's), host, capabilities, notify (systemd), processes and units

@@ -19,7 +19,8 @@ from msgspec import Meta, Struct
 from steerd.config import Config
 from steerd.config.conditions import as_parsed
 from steerd.control.registry import Reader
-from steerd.core.explain import Explainer, Explanation, Known, condition_shown, route_shown
+from steerd.core.explain import Explainer, Explanation, Known
+from steerd.core.sentences import condition_shown, route_shown
 from steerd.errors import RequestError
 from steerd.model import (
     PROTOCOL_NAMES,

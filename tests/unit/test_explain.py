@@ -25,9 +25,10 @@ from steerd.control.routes import origin_of
 from steerd.core import explain
 from steerd.core.choice import Chooser
 from steerd.core.engine import Engine, no_state
-from steerd.core.explain import Explainer, Explanation, Known, route_shown, shown
+from steerd.core.explain import Explainer, Explanation, Known
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.core.router import failing
+from steerd.core.sentences import route_shown, shown
 from steerd.model import DEAD, DRAINED, TCP, UDP, Answer, Extension, Outcome, Reason
 from steerd.wire import packet as wire
 from steerd.wire import portext, segment
@@ -147,7 +148,7 @@ def held_together(told: Explanation, made: config.Config) -> None:
     assert (decision.reason is Reason.DEAD) <= bool(choices)
     if decision.reason is Reason.ROUTE:
         assert told.target in told.matched[0].targets
-    assert (told.target is not None) == told.is_steered
+    assert (told.target is not None) == (decision.outcome is Outcome.STEER)
     assert (told.mark is None) == (decision.outcome in (Outcome.DROP, Outcome.LATE))
     assert cli.as_text(asking.view(told)).isascii()
     assert json.loads(msgspec.json.encode(asking.view(told)))["reason"] == decision.reason.name.lower()
