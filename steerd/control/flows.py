@@ -19,7 +19,7 @@ import msgspec
 from steerd.config import Service
 from steerd.control.places import parse_place
 from steerd.control.registry import Reader, Registry
-from steerd.control.routes import RouteView
+from steerd.control.route_records import RouteView
 from steerd.errors import RequestError
 from steerd.model import PROTOCOL_NAMES, Flow, IPNetwork, Target
 

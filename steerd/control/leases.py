@@ -35,7 +35,8 @@ import msgspec
 from msgspec import Meta
 
 from steerd.config import Config
-from steerd.control.routes import RouteTable, RouteView
+from steerd.control.route_records import RouteView
+from steerd.control.routes import RouteTable
 from steerd.control.store import Store
 from steerd.core.leases import Seats
 from steerd.core.pools import Pool

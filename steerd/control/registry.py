@@ -27,7 +27,8 @@ from steerd.control import sessions as session_table
 from steerd.control.drains import DrainTable
 from steerd.control.leases import Effects, LeaseTable, NoEffects
 from steerd.control.relays import RelayTable
-from steerd.control.routes import RouteTable, origin_of, stored_route
+from steerd.control.route_records import origin_of, stored_route
+from steerd.control.routes import RouteTable
 from steerd.control.sessions import Places, SessionTable
 from steerd.control.states import States
 from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of, written

@@ -2,13 +2,13 @@
 
   routes   number of the shape u32 | source prefix | values   ->  target ids IPv4 u32, IPv6 u32 | place in `routes` u32
   dynamic  the same with router.DYNAMIC in the number         ->  target ids IPv4 u32, IPv6 u32 | flags u8 | more
-  shapes   number u32                                         ->  _ShapeRecord as msgpack
+  shapes   number u32                                         ->  ShapeRecord as msgpack
   uses     address (4 or 16), or 0x00 | group id u32          ->  how many dynamic routes of no lease lead there, u32
   leased   address (4 or 16)                                  ->  name of the lease that has it
 
 Workers look in `routes` and `dynamic`, entry by entry, and keep nothing of them; what they keep is the plan, which
 holds the shapes. `more` is, if flag UNUSABLE is set, the real target ids (8 bytes), and, where the key holds a digest,
-the values themselves.
+the values themselves (control.route_records).
 
 **Where a route comes from.** *Static* routes are the configuration's: `publish` makes `routes` what it says, all at
 once. *Dynamic* ones are put and removed one by one, or by the ten thousand in one transaction (control.transfer), and
@@ -28,12 +28,11 @@ the shape's first route or takes its last one. Everything else changes an entry,
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import lmdb
 import msgspec
@@ -42,14 +41,31 @@ from steerd.config import Config, Service
 from steerd.config.conditions import condition_text
 from steerd.config.routes import RouteChecker
 from steerd.control.relays import RelayTable
+from steerd.control.route_records import (
+    EXTERNAL4,
+    EXTERNAL6,
+    ID,
+    IDS,
+    LEASE,
+    Entry,
+    KnownShape,
+    RouteLine,
+    RouteView,
+    ShapeRecord,
+    TargetOptions,
+    as_written,
+    choice_texts,
+    described,
+    group_key,
+    group_keys,
+)
 from steerd.control.sessions import Places
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
-from steerd.core.engine import PayloadParser, TargetIds
+from steerd.core.engine import PayloadParser
 from steerd.core.router import (
     DYNAMIC,
     MAX_PROBES,
-    Part,
     Probe,
     Shape,
     can_rank,
@@ -60,108 +76,15 @@ from steerd.core.router import (
     rivals,
     route_at,
     shape_of,
-    shape_of_probe,
     sight,
     table_key,
     values_of,
 )
 from steerd.errors import ConfigError, RegistryError, RequestError
-from steerd.model import Choice, Policy, Route, Target, UnixDaemon
+from steerd.model import Choice, Route, Target
 from steerd.wire.registry import PATTERNED, check_patterns
 
-LEASE, _EXTERNAL4, _EXTERNAL6, _UNUSABLE = 1, 2, 4, 8
-
 _BEHIND_STATIC = 1 << 62
-_ID = struct.Struct("!I")
-_IDS = struct.Struct("!II")
-_HEAD = struct.Struct("!IIB")
-
-
-class RouteView(msgspec.Struct, frozen=True):
-    """One route for people and programs outside."""
-
-    service: str
-    when: dict[str, str]
-    source: str | None
-    targets: list[str]
-    origin: str
-    """`static`, `dynamic`, or `lease NAME`."""
-    usable: bool
-    """False: the configuration in force has no use for it, or a target is not for use."""
-    place: str | None
-    """Of a static route: where it is written, `services.web.routes[3]`."""
-    choose: Policy | None = None
-    """How one of several targets of a family is chosen."""
-    hash: str | None = None
-    """For "hash": the key that is hashed, or `source`."""
-
-
-class RouteLine(msgspec.Struct, frozen=True, tag_field="kind", tag="route", omit_defaults=True):
-    """One dynamic route in an export."""
-
-    service: str
-    when: dict[str, str | int]
-    target: list[str | TargetOptions]
-    source: str | None = None
-    choose: Policy | None = None
-    hash: str | None = None
-
-
-class TargetOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A target of which more is to be said than its text."""
-
-    address: str
-    external: bool = False
-    proxy_protocol: Literal["v2"] | None = None
-
-
-class _ShapeRecord(msgspec.Struct, array_like=True):
-    service: str
-    parts: tuple[Part, ...]
-    version: int
-    source_length: int
-    routes: int
-    """Dynamic ones."""
-
-
-class _Known:
-    """A shape of one service that has a number."""
-
-    __slots__ = ("is_patterned", "number", "routes", "service", "shape")
-
-    def __init__(self, number: int, service: str, shape: Shape, routes: int) -> None:
-        self.number = number
-        self.service = service
-        self.shape = shape
-        self.routes = routes
-        self.is_patterned = any(part.key in PATTERNED.values() for part in shape.parts)
-
-
-class _Entry(NamedTuple):
-    """The value of a dynamic route."""
-
-    ids: TargetIds
-    flags: int
-    usable4: bool
-    usable6: bool
-    values: bytes
-    """Where the key holds a digest."""
-
-    def pack(self) -> bytes:
-        ipv4, ipv6 = self.ids.ipv4, self.ids.ipv6
-        if self.usable4 and self.usable6:
-            return _HEAD.pack(ipv4, ipv6, self.flags) + self.values
-        seen = (ipv4 if self.usable4 else 0, ipv6 if self.usable6 else 0)
-        return _HEAD.pack(*seen, self.flags | _UNUSABLE) + _IDS.pack(ipv4, ipv6) + self.values
-
-    @classmethod
-    def unpack(cls, value: bytes) -> _Entry:
-        ipv4, ipv6, flags = _HEAD.unpack_from(value)
-        if not flags & _UNUSABLE:
-            return cls(TargetIds(ipv4, ipv6), flags, True, True, value[_HEAD.size :])
-        real4, real6 = _IDS.unpack_from(value, _HEAD.size)
-        values = value[_HEAD.size + _IDS.size :]
-        return cls(TargetIds(real4, real6), flags & ~_UNUSABLE, ipv4 == real4, ipv6 == real6, values)
 
 
 class _Force:
@@ -207,10 +130,10 @@ class RouteTable:
         # What follows changes under the store's lock.
         self._force: _Force | None = None
         self._static_groups: frozenset[int] = frozenset()
-        self._known: dict[str, dict[Shape, _Known]] = {}
-        self._by_number: dict[int, _Known] = {}
+        self._known: dict[str, dict[Shape, KnownShape]] = {}
+        self._by_number: dict[int, KnownShape] = {}
         # Of the transaction that is under way:
-        self._touched: set[_Known] = set()
+        self._touched: set[KnownShape] = set()
         self._more_uses: Counter[bytes] = Counter()
         self._plan_is_stale = False
         self._rivals: dict[tuple[str, Shape], list[Shape]] = {}
@@ -246,23 +169,23 @@ class RouteTable:
         self._known, self._by_number = {}, {}
         with self._store.env.begin() as txn, txn.cursor(db=self._shapes) as cursor:
             for packed, value in cursor:
-                record = msgspec.msgpack.decode(value, type=_ShapeRecord)
+                record = msgspec.msgpack.decode(value, type=ShapeRecord)
                 shape = Shape(record.parts, record.version, record.source_length)
-                self._remember(_Known(_ID.unpack(packed)[0], record.service, shape, record.routes))
+                self._remember(KnownShape(ID.unpack(packed)[0], record.service, shape, record.routes))
 
-    def _remember(self, known: _Known) -> None:
+    def _remember(self, known: KnownShape) -> None:
         self._known.setdefault(known.service, {})[known.shape] = known
         self._by_number[known.number] = known
 
     def _settle(self, txn: lmdb.Transaction[bytes]) -> None:
         """Write what the transaction has left to the end."""
         for known in self._touched:
-            record = _ShapeRecord(known.service, *known.shape, known.routes)
-            txn.put(_ID.pack(known.number), msgspec.msgpack.encode(record), db=self._shapes)
+            record = ShapeRecord(known.service, *known.shape, known.routes)
+            txn.put(ID.pack(known.number), msgspec.msgpack.encode(record), db=self._shapes)
         for address, more in self._more_uses.items():
             uses = self._uses_of(txn, address) + more
             if uses:
-                txn.put(address, _ID.pack(uses), db=self._uses)
+                txn.put(address, ID.pack(uses), db=self._uses)
             else:
                 txn.delete(address, db=self._uses)
         if self._plan_is_stale and self._force is not None and (plan := self._store.plan(txn)) is not None:
@@ -279,7 +202,7 @@ class RouteTable:
 
     def _uses_of(self, txn: lmdb.Transaction[bytes], address: bytes) -> int:
         packed = txn.get(address, db=self._uses)
-        return 0 if packed is None else int(_ID.unpack(packed)[0])
+        return 0 if packed is None else int(ID.unpack(packed)[0])
 
     # ---- the configuration ----
 
@@ -299,7 +222,7 @@ class RouteTable:
             found = [ids.for_targets(route.targets, route.choice, force.places.in_pool) for route in service.routes]
             packed = [each.pack() for each in found]
             groups.update(id_ for each in found for id_ in (each.ipv4, each.ipv6) if id_ >= GROUP)
-            entries.update((key, packed[place] + _ID.pack(place)) for key, place in compiled.entries)
+            entries.update((key, packed[place] + ID.pack(place)) for key, place in compiled.entries)
         self._replace_static(txn, entries)
         self._look_at_targets(txn, force)
         self._plan_is_stale = False
@@ -341,7 +264,7 @@ class RouteTable:
         for known in self._known.get(service.name, {}).values():
             if known.routes and any(part.key == key for part in known.shape.parts):
                 for packed, value in self._range(txn, known):
-                    route = route_at(known.shape, packed, _Entry.unpack(value).values)
+                    route = route_at(known.shape, packed, Entry.unpack(value).values)
                     found |= {c.value for c in route.conditions if c.key == key}
         return sorted(found)
 
@@ -367,11 +290,11 @@ class RouteTable:
         changed = []
         with txn.cursor(db=self._dynamic) as cursor:
             for key, value in cursor:
-                entry = _Entry.unpack(value)
+                entry = Entry.unpack(value)
                 usable = partial(force.places.usable, txn, self._store)
                 now = entry._replace(
-                    usable4=not entry.ids.ipv4 or usable(entry.ids.ipv4, bool(entry.flags & _EXTERNAL4)),
-                    usable6=not entry.ids.ipv6 or usable(entry.ids.ipv6, bool(entry.flags & _EXTERNAL6)),
+                    usable4=not entry.ids.ipv4 or usable(entry.ids.ipv4, bool(entry.flags & EXTERNAL4)),
+                    usable6=not entry.ids.ipv6 or usable(entry.ids.ipv6, bool(entry.flags & EXTERNAL6)),
                 )
                 if now != entry:
                     changed.append((bytes(key), now.pack()))
@@ -436,7 +359,7 @@ class RouteTable:
                         f"The route is in {force.config.file}, as {other.name}; take it out there, and reload.",
                     )
                 raise RequestError("not_found", "when", f"The service {service} has no such route.")
-            entry = _Entry.unpack(value)
+            entry = Entry.unpack(value)
             if entry.flags & LEASE:
                 raise RequestError(
                     "conflict", "when", f"This is the route of the lease {self._lease(txn, entry)}; release that."
@@ -486,7 +409,7 @@ class RouteTable:
         known = self._known[service][shape]
         key = table_key(number | DYNAMIC, shape, route)
         value = txn.get(key, db=self._dynamic)
-        old = None if value is None else _Entry.unpack(value)
+        old = None if value is None else Entry.unpack(value)
         if old is not None and (lease is not None or old.flags & LEASE):
             raise RequestError("conflict", "when", f"The same route is there already: {self._name(txn, old, route)}.")
         flags = 0 if lease is None else LEASE
@@ -499,10 +422,10 @@ class RouteTable:
                     f"{to.address} is leased to {str(holder, 'ascii')}; a route of its own would outlive the lease.",
                 )
             if not force.places.in_pool(to.address):
-                flags |= _EXTERNAL4 if to.address.version == 4 else _EXTERNAL6
+                flags |= EXTERNAL4 if to.address.version == 4 else EXTERNAL6
         values = values_of(route) if has_digest(shape, key) else b""
         target_ids = ids.for_targets(route.targets, route.choice, force.places.in_pool)
-        entry = _Entry(target_ids, flags, True, True, values)
+        entry = Entry(target_ids, flags, True, True, values)
         if old == entry:
             return "unchanged", key
         if old is None:
@@ -522,7 +445,7 @@ class RouteTable:
             # An import brings a million: what `_use` would look up is known here.
             for to in route.targets:
                 self._more_uses[to.address.packed] += 1
-            for group in _group_keys(entry.ids) if route.choice is not None else ():
+            for group in group_keys(entry.ids) if route.choice is not None else ():
                 self._more_uses[group] += 1
         txn.put(key, entry.pack(), db=self._dynamic)
         return "added" if old is None else "changed", key
@@ -546,10 +469,10 @@ class RouteTable:
         with self._store.lock:
             found = set(self._static_groups)
         with txn.cursor(db=self._uses) as cursor:
-            there = cursor.set_range(_group_key(0)[:1])
-            while there and cursor.key()[:1] == _group_key(0)[:1]:
-                if len(cursor.key()) == len(_group_key(0)):
-                    found.add(_ID.unpack_from(cursor.key(), 1)[0])
+            there = cursor.set_range(group_key(0)[:1])
+            while there and cursor.key()[:1] == group_key(0)[:1]:
+                if len(cursor.key()) == len(group_key(0)):
+                    found.add(ID.unpack_from(cursor.key(), 1)[0])
                 there = cursor.next()
         return found
 
@@ -573,7 +496,7 @@ class RouteTable:
             for known, key, value in self._walk(txn, [service], start):
                 if len(views) == limit:
                     return views, f"d{key.hex()}"
-                views.append(self._view(txn, known, key, _Entry.unpack(value)))
+                views.append(self._view(txn, known, key, Entry.unpack(value)))
         return views, None
 
     def count(self, service: str) -> tuple[int, int]:
@@ -585,7 +508,7 @@ class RouteTable:
     def lines(self, txn: lmdb.Transaction[bytes]) -> Iterator[RouteLine]:
         """All dynamic routes of no lease, in an order that depends on nothing but the routes."""
         for known, key, value in self._walk(txn, sorted(self._known), b""):
-            entry = _Entry.unpack(value)
+            entry = Entry.unpack(value)
             if not entry.flags & LEASE:
                 route = route_at(known.shape, key, entry.values)
                 yield RouteLine(
@@ -593,12 +516,12 @@ class RouteTable:
                     {c.key: condition_text(c) for c in route.conditions},
                     self._targets(txn, entry),
                     None if route.source is None else str(route.source),
-                    **_choice_texts(self._choice(txn, entry)),
+                    **choice_texts(self._choice(txn, entry)),
                 )
 
     def _walk(
         self, txn: lmdb.Transaction[bytes], services: Iterable[str], start: bytes
-    ) -> Iterator[tuple[_Known, bytes, bytes]]:
+    ) -> Iterator[tuple[KnownShape, bytes, bytes]]:
         """Dynamic routes from the key `start` on (b"": all), by service, shape and key."""
         with self._store.lock:
             shapes = [
@@ -607,7 +530,7 @@ class RouteTable:
                 for known in sorted(self._known.get(service, {}).values(), key=lambda known: canonical(known.shape))
             ]
         if start:
-            first = _ID.unpack_from(start)[0] & ~DYNAMIC
+            first = ID.unpack_from(start)[0] & ~DYNAMIC
             numbers = [known.number for known in shapes]
             shapes = shapes[numbers.index(first) :] if first in numbers else []
         for known in shapes:
@@ -615,8 +538,10 @@ class RouteTable:
                 yield known, key, value
             start = b""
 
-    def _range(self, txn: lmdb.Transaction[bytes], known: _Known, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        beginning = _ID.pack(known.number | DYNAMIC)
+    def _range(
+        self, txn: lmdb.Transaction[bytes], known: KnownShape, start: bytes = b""
+    ) -> Iterator[tuple[bytes, bytes]]:
+        beginning = ID.pack(known.number | DYNAMIC)
         with txn.cursor(db=self._dynamic) as cursor:
             there = cursor.set_range(start or beginning)
             while there:
@@ -635,7 +560,7 @@ class RouteTable:
         if shape not in force.static[service.name]:
             return None
         value = txn.get(table_key(self._known[service.name][shape].number, shape, route), db=self._static)
-        return None if value is None else service.routes[_ID.unpack_from(value, _IDS.size)[0]]
+        return None if value is None else service.routes[ID.unpack_from(value, IDS.size)[0]]
 
     def _refuse_ties(
         self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, shape: Shape, route: Route
@@ -652,9 +577,7 @@ class RouteTable:
                 None if seen is None else self._view_of(txn, force, service, rival, shape).get((route.source, *seen))
             )
             if other is not None:
-                name = (
-                    f"{other.name} of {force.config.file}" if other.name else f"the dynamic route {_described(other)}"
-                )
+                name = f"{other.name} of {force.config.file}" if other.name else f"the dynamic route {described(other)}"
                 raise RequestError(
                     "conflict",
                     "when",
@@ -673,7 +596,7 @@ class RouteTable:
             known = self._known[service.name].get(rival)
             if known is not None:
                 for key, value in self._range(txn, known):
-                    _see(view, route_at(rival, key, _Entry.unpack(value).values), shape)
+                    _see(view, route_at(rival, key, Entry.unpack(value).values), shape)
         return view
 
     def _add_to_views(self, service: str, shape: Shape, route: Route) -> None:
@@ -687,12 +610,12 @@ class RouteTable:
         """The number of a shape; a new one if it has none."""
         known = self._known.get(service, {}).get(shape)
         if known is None:
-            known = _Known(max(self._by_number, default=0) + 1, service, shape, 0)
+            known = KnownShape(max(self._by_number, default=0) + 1, service, shape, 0)
             self._remember(known)
             self._touched.add(known)
         return known.number
 
-    def _count(self, known: _Known, more: int) -> None:
+    def _count(self, known: KnownShape, more: int) -> None:
         is_new = not known.routes
         known.routes += more
         self._touched.add(known)
@@ -702,59 +625,59 @@ class RouteTable:
         if known.is_patterned:
             self._plan_is_stale = True
 
-    def _use(self, txn: lmdb.Transaction[bytes], entry: _Entry, more: int) -> None:
+    def _use(self, txn: lmdb.Transaction[bytes], entry: Entry, more: int) -> None:
         for target, _ in self._leads_to(txn, entry):
             self._more_uses[target.address.packed] += more
-        for key in _group_keys(entry.ids):
+        for key in group_keys(entry.ids):
             self._more_uses[key] += more
 
-    def _at(self, txn: lmdb.Transaction[bytes], key: bytes) -> tuple[_Known, _Entry]:
+    def _at(self, txn: lmdb.Transaction[bytes], key: bytes) -> tuple[KnownShape, Entry]:
         value = txn.get(key, db=self._dynamic)
         if value is None:
             raise RegistryError("a route that a lease names is not in the registry")
-        return self._by_number[_ID.unpack_from(key)[0] & ~DYNAMIC], _Entry.unpack(value)
+        return self._by_number[ID.unpack_from(key)[0] & ~DYNAMIC], Entry.unpack(value)
 
-    def _leads_to(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> Iterator[tuple[Target, bool]]:
+    def _leads_to(self, txn: lmdb.Transaction[bytes], entry: Entry) -> Iterator[tuple[Target, bool]]:
         """Each target of a route, and whether it is external."""
-        for id_, external in ((entry.ids.ipv4, _EXTERNAL4), (entry.ids.ipv6, _EXTERNAL6)):
+        for id_, external in ((entry.ids.ipv4, EXTERNAL4), (entry.ids.ipv6, EXTERNAL6)):
             if id_ >= GROUP and (group := self._store.group(txn, id_)) is not None:
                 yield from ((member.target, member.external) for member in group.members)
             elif id_ and (target := self._store.target(txn, id_)) is not None:
                 yield target, bool(entry.flags & external)
 
-    def _targets(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> list[str | TargetOptions]:
+    def _targets(self, txn: lmdb.Transaction[bytes], entry: Entry) -> list[str | TargetOptions]:
         """What the route was given as its targets."""
-        found = (_options(self._store.written(txn, to), external) for to, external in self._leads_to(txn, entry))
+        found = (as_written(self._store.written(txn, to), external) for to, external in self._leads_to(txn, entry))
         return list(dict.fromkeys(found))
 
-    def _choice(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> Choice | None:
+    def _choice(self, txn: lmdb.Transaction[bytes], entry: Entry) -> Choice | None:
         for id_ in (entry.ids.ipv4, entry.ids.ipv6):
             if id_ >= GROUP and (group := self._store.group(txn, id_)) is not None:
                 return Choice(group.policy, group.key)
         return None
 
-    def _lease(self, txn: lmdb.Transaction[bytes], entry: _Entry) -> str:
+    def _lease(self, txn: lmdb.Transaction[bytes], entry: Entry) -> str:
         target = self._store.target(txn, entry.ids.ipv4 or entry.ids.ipv6)
         name = None if target is None else txn.get(target.address.packed, db=self.leased)
         return "" if name is None else str(name, "ascii")
 
-    def _name(self, txn: lmdb.Transaction[bytes], entry: _Entry, route: Route) -> str:
+    def _name(self, txn: lmdb.Transaction[bytes], entry: Entry, route: Route) -> str:
         if entry.flags & LEASE:
             return f"that of the lease {self._lease(txn, entry)}"
-        return f"the dynamic route {_described(route)}"
+        return f"the dynamic route {described(route)}"
 
-    def _view(self, txn: lmdb.Transaction[bytes], known: _Known, key: bytes, entry: _Entry) -> RouteView:
+    def _view(self, txn: lmdb.Transaction[bytes], known: KnownShape, key: bytes, entry: Entry) -> RouteView:
         route = route_at(known.shape, key, entry.values)
         with self._store.lock:
             service = None if self._force is None else self._force.services.get(known.service)
         is_in_plan = service is not None and can_rank(known.shape, service.key_order)
-        static_key = _ID.pack(known.number) + key[_ID.size :]
+        static_key = ID.pack(known.number) + key[ID.size :]
         return RouteView(
             service=known.service,
             when={c.key: condition_text(c) for c in route.conditions},
             source=None if route.source is None else str(route.source),
             targets=[each if isinstance(each, str) else each.address for each in self._targets(txn, entry)],
-            **_choice_texts(self._choice(txn, entry)),
+            **choice_texts(self._choice(txn, entry)),
             origin=f"lease {self._lease(txn, entry)}" if entry.flags & LEASE else "dynamic",
             usable=is_in_plan and entry.usable4 and entry.usable6 and txn.get(static_key, db=self._static) is None,
             place=None,
@@ -766,49 +689,11 @@ class RouteTable:
             when={c.key: condition_text(c) for c in route.conditions},
             source=None if route.source is None else str(route.source),
             targets=list(dict.fromkeys(str(self._store.written(txn, target)) for target in route.targets)),
-            **_choice_texts(route.choice),
+            **choice_texts(route.choice),
             origin="static",
             usable=True,
             place=route.name,
         )
-
-
-def stored_route(service: str, probe: Probe, key: bytes, value: bytes) -> Route | None:
-    """A route (without targets) from the table that workers look in, named by where it comes from:
-    `services.web.routes[3]`, `dynamic` or `lease`. None for a static one of whose values the key holds a digest."""
-    shape = shape_of_probe(probe)
-    if not key[0] & DYNAMIC >> 24:
-        name = origin_of(service, key, value)
-        return None if has_digest(shape, key) else route_at(shape, key)._replace(name=name)
-    return route_at(shape, key, _Entry.unpack(value).values)._replace(name=origin_of(service, key, value))
-
-
-def origin_of(service: str, key: bytes, value: bytes) -> str:
-    """Where a route of the table comes from."""
-    if not key[0] & DYNAMIC >> 24:
-        return f"services.{service}.routes[{_ID.unpack_from(value, _IDS.size)[0]}]"
-    return "lease" if _Entry.unpack(value).flags & LEASE else "dynamic"
-
-
-def _group_key(group_id: int) -> bytes:
-    """Five bytes in `uses`, as no address has them; no IPv4 target begins with their first."""
-    return b"\0" + _ID.pack(group_id)
-
-
-def _group_keys(ids: TargetIds) -> list[bytes]:
-    return [_group_key(id_) for id_ in (ids.ipv4, ids.ipv6) if id_ >= GROUP]
-
-
-def _choice_texts(choice: Choice | None) -> dict[str, Any]:
-    if choice is None:
-        return {}
-    return {"choose": choice.policy, "hash": choice.key if choice.policy == "hash" else None}
-
-
-def _options(written: UnixDaemon | Target, is_external: bool) -> str | TargetOptions:
-    if isinstance(written, UnixDaemon) and written.proxy_protocol:
-        return TargetOptions(str(written), proxy_protocol="v2")
-    return TargetOptions(str(written), external=True) if is_external else str(written)
 
 
 def _not_right(error: ConfigError) -> RequestError:
@@ -820,11 +705,6 @@ def _see(view: _View, route: Route, shape: Shape) -> None:
     seen = sight(route, shape)
     if seen is not None:
         view.setdefault((route.source, *seen), route)
-
-
-def _described(route: Route) -> str:
-    when = msgspec.json.encode({c.key: condition_text(c) for c in route.conditions}).decode()
-    return when if route.source is None else f"{when} from {route.source}"
 
 
 def _from_token(after: str) -> tuple[int, bytes]:

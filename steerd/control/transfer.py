@@ -27,7 +27,7 @@ import msgspec
 
 from steerd.control.drains import DrainLine
 from steerd.control.leases import LeaseLine, ReleasedLine
-from steerd.control.routes import RouteLine
+from steerd.control.route_records import RouteLine
 from steerd.errors import RequestError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from steerd.cli import ctl, main
 from steerd.cli import explain as cli
 from steerd.control import explain as asking
 from steerd.control.registry import Registry
-from steerd.control.routes import origin_of
+from steerd.control.route_records import origin_of
 from steerd.core import explain
 from steerd.core.choice import Chooser
 from steerd.core.engine import Engine, no_state

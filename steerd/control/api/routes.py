@@ -12,7 +12,7 @@ from msgspec import Struct
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Page, Request
 from steerd.control.api.services import ServiceName
-from steerd.control.routes import RouteView
+from steerd.control.route_records import RouteView
 from steerd.errors import RequestError
 
 OF_SERVICE = "/v1/services/{service}/routes"
