@@ -61,6 +61,7 @@ from steerd.control.route_records import (
 )
 from steerd.control.sessions import Places
 from steerd.control.store import IdGiver, Store
+from steerd.control.ties import Ties
 from steerd.core.choice import GROUP
 from steerd.core.engine import PayloadParser
 from steerd.core.router import (
@@ -73,10 +74,8 @@ from steerd.core.router import (
     compile_routes,
     has_digest,
     make_probes,
-    rivals,
     route_at,
     shape_of,
-    sight,
     table_key,
     values_of,
 )
@@ -111,7 +110,6 @@ class _Force:
 
 
 Change = Literal["added", "changed", "unchanged"]
-_View = dict[tuple[object, ...], Route]
 
 
 class RouteTable:
@@ -136,8 +134,7 @@ class RouteTable:
         self._touched: set[KnownShape] = set()
         self._more_uses: Counter[bytes] = Counter()
         self._plan_is_stale = False
-        self._rivals: dict[tuple[str, Shape], list[Shape]] = {}
-        self._views: dict[tuple[str, Shape, Shape], _View] = {}
+        self._ties = Ties()
         self._load()
 
     # ---- transactions ----
@@ -160,8 +157,7 @@ class RouteTable:
         self._touched.clear()
         self._more_uses.clear()
         self._plan_is_stale = False
-        self._rivals.clear()
-        self._views.clear()
+        self._ties.clear()
 
     def _load(self) -> None:
         """Know what is on the disk, and nothing else."""
@@ -263,8 +259,7 @@ class RouteTable:
         found = {c.value for route in service.routes for c in route.conditions if c.key == key}
         for known in self._known.get(service.name, {}).values():
             if known.routes and any(part.key == key for part in known.shape.parts):
-                for packed, value in self._range(txn, known):
-                    route = route_at(known.shape, packed, Entry.unpack(value).values)
+                for route in self._routes_of(txn, known):
                     found |= {c.value for c in route.conditions if c.key == key}
         return sorted(found)
 
@@ -438,7 +433,7 @@ class RouteTable:
                     " source prefix lengths, and no more can be looked up for each connection.",
                 )
             self._count(known, 1)
-            self._add_to_views(service, shape, route)
+            self._ties.route_added(service, shape, route)
         elif lease is None:
             self._use(txn, old, -1)
         if lease is None:
@@ -455,7 +450,7 @@ class RouteTable:
         known, entry = self._at(txn, key)
         txn.delete(key, db=self._dynamic)
         self._count(known, -1)
-        self._views.clear()
+        self._ties.route_gone()
         if not entry.flags & LEASE:
             self._use(txn, entry, -1)
 
@@ -551,6 +546,11 @@ class RouteTable:
                 yield key, value
                 there = cursor.next()
 
+    def _routes_of(self, txn: lmdb.Transaction[bytes], known: KnownShape) -> Iterator[Route]:
+        """All dynamic routes of a shape, without targets."""
+        for key, value in self._range(txn, known):
+            yield route_at(known.shape, key, Entry.unpack(value).values)
+
     # ---- conflicts ----
 
     def _static_equal(
@@ -565,44 +565,23 @@ class RouteTable:
     def _refuse_ties(
         self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, shape: Shape, route: Route
     ) -> None:
-        if (service.name, shape) not in self._rivals:
+        def shapes() -> set[Shape]:
             known = self._known[service.name].values()
-            others = {*force.static[service.name], *(each.shape for each in known if each.routes)}
-            order = service.key_order
-            possible = [other for other in others if can_rank(other, order)]
-            self._rivals[service.name, shape] = sorted(rivals(shape, possible, order), key=canonical)
-        for rival in self._rivals[service.name, shape]:
-            seen = sight(route, rival)
-            other = (
-                None if seen is None else self._view_of(txn, force, service, rival, shape).get((route.source, *seen))
+            return {*force.static[service.name], *(each.shape for each in known if each.routes)}
+
+        def routes(shape: Shape) -> Iterator[Route]:
+            yield from force.static[service.name].get(shape, [])
+            if (known := self._known[service.name].get(shape)) is not None:
+                yield from self._routes_of(txn, known)
+
+        other = self._ties.find(service, shape, route, shapes, routes)
+        if other is not None:
+            name = f"{other.name} of {force.config.file}" if other.name else f"the dynamic route {described(other)}"
+            raise RequestError(
+                "conflict",
+                "when",
+                f"Ties with {name}: one connection can match both, and neither comes first; add a condition.",
             )
-            if other is not None:
-                name = f"{other.name} of {force.config.file}" if other.name else f"the dynamic route {described(other)}"
-                raise RequestError(
-                    "conflict",
-                    "when",
-                    f"Ties with {name}: one connection can match both, and neither comes first; add a condition.",
-                )
-
-    def _view_of(
-        self, txn: lmdb.Transaction[bytes], force: _Force, service: Service, rival: Shape, shape: Shape
-    ) -> _View:
-        """What routes of `shape` see of all routes of a rival."""
-        view = self._views.get((service.name, rival, shape))
-        if view is None:
-            view = self._views[service.name, rival, shape] = {}
-            for route in force.static[service.name].get(rival, []):
-                _see(view, route, shape)
-            known = self._known[service.name].get(rival)
-            if known is not None:
-                for key, value in self._range(txn, known):
-                    _see(view, route_at(rival, key, Entry.unpack(value).values), shape)
-        return view
-
-    def _add_to_views(self, service: str, shape: Shape, route: Route) -> None:
-        for (name, rival, other), view in self._views.items():
-            if name == service and rival == shape:
-                _see(view, route, other)
 
     # ---- small parts ----
 
@@ -620,7 +599,7 @@ class RouteTable:
         known.routes += more
         self._touched.add(known)
         if is_new or not known.routes:
-            self._rivals.clear()
+            self._ties.shapes_changed()
             self._plan_is_stale = True
         if known.is_patterned:
             self._plan_is_stale = True
@@ -699,12 +678,6 @@ class RouteTable:
 def _not_right(error: ConfigError) -> RequestError:
     problem = error.problems[0]
     return RequestError("invalid", problem.key or None, problem.message)
-
-
-def _see(view: _View, route: Route, shape: Shape) -> None:
-    seen = sight(route, shape)
-    if seen is not None:
-        view.setdefault((route.source, *seen), route)
 
 
 def _from_token(after: str) -> tuple[int, bytes]:
