@@ -81,10 +81,7 @@ def check_ids(gateway: Gateway, services: list[Service], reader: Reader) -> None
     """Whether the mark bits have room for an id of every target and of every alias that arithmetic can reach."""
     if reader.problems:
         return
-    singles = {target for service in services for target in service.default}
-    singles |= {target for service in services for target in service.on_silence}
-    singles |= {target for service in services for route in service.routes for target in route.targets}
-    singles |= {t for s in services if s.sessions is not None for entry in s.sessions.entries for t in entry.targets}
+    singles = {target for service in services for target in service.targets}
     blocks = {(s.extension_pool.pool, s.extension_pool.port) for s in services if s.extension_pool is not None}
     needed = len(singles) + sum(pool.alias_count(4) + pool.alias_count(6) for pool, _ in blocks)
     room = gateway.mark.highest_id - FIRST_TARGET_ID + 1

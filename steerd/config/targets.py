@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 
 from steerd.config import schema
@@ -14,7 +13,7 @@ from steerd.config.texts import UNIX_PREFIXES, parse_target, parse_unix, why_unu
 from steerd.config.values import Config, Relay
 from steerd.config.wake import read_wake
 from steerd.core.choice import MAX_MEMBERS, SOURCE
-from steerd.core.pools import Pool
+from steerd.core.pools import Pool, PoolMap
 from steerd.core.wake import Wake
 from steerd.model import (
     Choice,
@@ -47,12 +46,7 @@ class Scene:
         """None: what is checked cannot lead to a daemon on a unix socket."""
         self.is_tcp = True
         """Whether nothing but TCP comes to what is checked."""
-        self._blocks: dict[int, list[tuple[int, int, Pool]]] = {4: [], 6: []}
-        for version, found in self._blocks.items():
-            for pool in pools.values():
-                found += ((int(first), int(first) + length - 1, pool) for first, length in pool.blocks(version))
-            found.sort()
-        self._firsts = {version: [first for first, _, _ in found] for version, found in self._blocks.items()}
+        self._aliases = PoolMap(pools.values())
 
     @classmethod
     def of_request(cls, config: Config, reader: Reader) -> Scene:
@@ -77,13 +71,9 @@ class Scene:
                 self.reader.problem(key, f"Has {name}, which a target can have in the configuration only.")
 
     def pool_of(self, address: IPAddress) -> Pool | None:
-        """Whose alias an address is."""
-        number = int(address)
-        place = bisect_right(self._firsts[address.version], number) - 1
-        if place < 0:
-            return None
-        _, last, pool = self._blocks[address.version][place]
-        return pool if number <= last else None
+        """Whose alias an address is; None: nobody's."""
+        found = self._aliases.find(address)
+        return None if found is None else found[0]
 
 
 def check_families(found: Iterable[int], wanted: set[int], path: str, reader: Reader) -> None:

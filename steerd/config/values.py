@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
@@ -212,6 +213,16 @@ class Service(Struct, frozen=True):
     def protocols(self) -> set[int]:
         """model.TCP, model.UDP or both: what the endpoints speak."""
         return {endpoint.protocol for endpoint in self.endpoints}
+
+    @property
+    def targets(self) -> Iterator[Target]:
+        """All that the configuration names, perhaps several times; those of `extension_pool` it does not name."""
+        yield from self.default
+        yield from self.on_silence
+        for route in self.routes:
+            yield from route.targets
+        for entry in () if self.sessions is None else self.sessions.entries:
+            yield from entry.targets
 
     @property
     def decides_every_datagram(self) -> bool:

@@ -26,9 +26,8 @@ from __future__ import annotations
 import heapq
 import ipaddress
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, Protocol
 
 import lmdb
 import msgspec
@@ -39,9 +38,9 @@ from steerd.control.route_records import RouteView
 from steerd.control.routes import RouteTable
 from steerd.control.store import Store
 from steerd.core.leases import Seats
-from steerd.core.pools import Pool
+from steerd.core.pools import Pool, PoolMap
 from steerd.errors import RegistryError, RequestError
-from steerd.model import IPAddress
+from steerd.model import IPAddress, Target
 
 MAX_COUNT = (1 << 63) - 1
 MAX_TTL = 10 * 365 * 86400
@@ -166,35 +165,14 @@ class _Released(msgspec.Struct, array_like=True):
     until: float
 
 
-class _Block(NamedTuple):
-    first: int
-    last: int
-    pool: str
-    place: int
-    """The index of its first address in the pool."""
-
-
 class _Force:
     """The aliases of a configuration in force, and which of them are taken."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.seats = {name: Seats(max(pool.alias_count(4), pool.alias_count(6))) for name, pool in config.pools.items()}
-        services = config.services
-        targets = [target for service in services for target in (*service.default, *service.on_silence)]
-        targets += [target for service in services for route in service.routes for target in route.targets]
-        targets += [
-            t for s in services if s.sessions is not None for entry in s.sessions.entries for t in entry.targets
-        ]
-        self.named = {target.address.packed for target in targets}
-        self._blocks: dict[int, list[_Block]] = {4: [], 6: []}
-        for name, pool in config.pools.items():
-            for version, blocks in self._blocks.items():
-                index = 0
-                for first, length in pool.blocks(version):
-                    blocks.append(_Block(int(first), int(first) + length - 1, name, index))
-                    index += length
-                blocks.sort()
+        self.named = {target.address.packed for service in config.services for target in service.targets}
+        self._aliases = PoolMap(config.pools.values())
 
     def addresses(self, pool: Pool, index: int) -> list[IPAddress]:
         """The alias of an index, in each family that has one there."""
@@ -202,20 +180,13 @@ class _Force:
 
     def seat(self, packed: bytes) -> tuple[str, int] | None:
         """The pool and index of an address."""
-        blocks = self._blocks[4 if len(packed) == 4 else 6]
-        number = int.from_bytes(packed, "big")
-        place = bisect_right(blocks, (number, _BEYOND)) - 1
-        if place < 0 or number > blocks[place].last:
-            return None
-        return blocks[place].pool, blocks[place].place + number - blocks[place].first
+        found = self._aliases.find(ipaddress.ip_address(packed))
+        return None if found is None else (found[0].name, found[1])
 
     def seats_of(self, addresses: Iterable[bytes]) -> Iterable[tuple[Seats, int]]:
         """The seats that addresses take: one, unless pools were changed since they were leased."""
         found = {seat for packed in addresses if (seat := self.seat(packed)) is not None}
         return ((self.seats[pool], index) for pool, index in found)
-
-
-_BEYOND = 1 << 128
 
 
 class LeaseTable:
@@ -542,7 +513,7 @@ class LeaseTable:
         useful = [address for address in addresses if address.version in coming] or addresses
         if source is not None:
             useful = [a for a in useful if (":" in source) == (a.version == 6)] or useful
-        targets = [f"[{a}]:{lease.port or 'same'}" if a.version == 6 else f"{a}:{lease.port or 'same'}" for a in useful]
+        targets = [str(Target(address, lease.port)) for address in useful]
         route = self._routes.check(service, when, targets, source)
         ids = self._store.ids(txn, force.config.gateway.mark.highest_id)
         return self._routes.write(txn, ids, service, route, name)[1]

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from steerd.config.sessions import check_session
 from steerd.control.relays import Standing
 from steerd.control.store import IdGiver, Store
 from steerd.core.choice import GROUP
+from steerd.core.pools import PoolMap
 from steerd.core.sessions import MAX_ID, Claim, Session, SessionEntry
 from steerd.errors import ConfigError, RegistryError, RequestError
 from steerd.model import IPAddress
@@ -307,30 +307,21 @@ class Places:
     def __init__(self, config: Config) -> None:
         self._highest_id = config.gateway.mark.highest_id
         self._endpoints = {endpoint.address for service in config.services for endpoint in service.endpoints}
-        self._firsts: dict[int, list[int]] = {}
-        self._lasts: dict[int, list[int]] = {}
-        for version in (4, 6):
-            blocks = sorted(
-                (int(block.first), int(block.first) + block.length - 1)
-                for pool in config.pools.values()
-                for block in pool.blocks(version)
-            )
-            self._firsts[version] = [first for first, _ in blocks]
-            self._lasts[version] = [last for _, last in blocks]
+        self._aliases = PoolMap(config.pools.values())
         self._known: dict[tuple[int, bool], bool] = {}
         self._standing = Standing(config)
 
     def fingerprint(self) -> bytes:
         """Bytes that change whenever what is allowed changes."""
         endpoints = sorted(address.packed for address in self._endpoints)
-        blocks = [[str(number) for number in numbers[v]] for numbers in (self._firsts, self._lasts) for v in (4, 6)]
+        runs = [self._aliases.runs(version) for version in (4, 6)]
+        blocks = [[str(run[end]) for run in each] for end in (0, 1) for each in runs]
         allowed = msgspec.msgpack.encode([self._highest_id, endpoints, blocks, self._standing.fingerprint()])
         return hashlib.blake2b(allowed, digest_size=16).digest()
 
     def in_pool(self, address: IPAddress) -> bool:
         """Whether an address is an alias of some pool."""
-        position = bisect_right(self._firsts[address.version], int(address)) - 1
-        return position >= 0 and int(address) <= self._lasts[address.version][position]
+        return self._aliases.find(address) is not None
 
     def usable(self, txn: lmdb.Transaction[bytes], store: Store, target_id: int, external: bool) -> bool:
         """Whether connections may be steered to a target (`external`: it may lie outside the pools), or to a group: to

@@ -17,8 +17,8 @@ answers with a step, a tuple of actions. The last one says what becomes of this 
 
 Before it there may be an `Evict`: something older was forgotten to make room; count it, and reset a `silent` client,
 which will not repeat anything. `expire` gives a GiveUp for every connection whose time is over, or a `Silence` if its
-client has said nothing; call it when `next_deadline` has passed, and now and then. `now` is in seconds and never goes
-back. `inspect(packet, data)` is asked with all bytes from the presumed beginning on, without a gap, and answers
+client has said nothing; call it now and then, at least when `next_deadline` has passed. `now` is in seconds and never
+goes back. `inspect(packet, data)` is asked with all bytes from the presumed beginning on, without a gap, and answers
 NEED_MORE or the decision. It must keep the contract of `wire.parser`: once decided, more bytes change nothing.
 `patience(packet)` is asked once for a connection that has to wait. `is_genuine(first)` is asked once for a connection
 before anything of it is acknowledged, or its silence is waited for: whether the client did receive our answer to its

@@ -6,6 +6,8 @@ nothing in a prefix is a "network" or a "broadcast" address.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from steerd.core.wake import Wake
@@ -71,3 +73,42 @@ class Pool(NamedTuple):
     def __contains__(self, address: object) -> bool:
         """Whether an address is one of the pool's aliases."""
         return isinstance(address, IPAddress) and self.place_of(address) is not None
+
+
+class _Span(NamedTuple):
+    """Aliases of a pool in a row, as numbers."""
+
+    first: int
+    last: int
+    pool: Pool
+    place: int
+    """Index of the first one in its pool."""
+
+
+class PoolMap:
+    """Which alias of which pool an address is; made once to be asked about many. The pools must not overlap."""
+
+    def __init__(self, pools: Iterable[Pool]) -> None:
+        self._spans: dict[int, list[_Span]] = {4: [], 6: []}
+        for pool in pools:
+            for version, spans in self._spans.items():
+                index = 0
+                for first, length in pool.blocks(version):
+                    spans.append(_Span(int(first), int(first) + length - 1, pool, index))
+                    index += length
+        for spans in self._spans.values():
+            spans.sort(key=lambda span: span[:2])
+        self._firsts = {version: [span.first for span in spans] for version, spans in self._spans.items()}
+
+    def find(self, address: IPAddress) -> tuple[Pool, int] | None:
+        """The pool, and the alias's index in it; None: the address is in none."""
+        number = int(address)
+        at = bisect_right(self._firsts[address.version], number) - 1
+        if at < 0:
+            return None
+        first, last, pool, place = self._spans[address.version][at]
+        return (pool, place + number - first) if number <= last else None
+
+    def runs(self, version: int) -> list[tuple[int, int]]:
+        """The first and the last address of each run of aliases, as numbers, in ascending order."""
+        return [(span.first, span.last) for span in self._spans[version]]

@@ -153,7 +153,6 @@ class Counters:
 
     def __init__(self, path: Path, mapping: mmap.mmap) -> None:
         self.path = path
-        self._mapping = mapping
         self._words = memoryview(mapping).cast("Q")
 
     @classmethod

@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from steerd.core.pools import Block, Pool
+from steerd.core.pools import Block, Pool, PoolMap
 
 A = ipaddress.ip_network("10.64.0.0/30")
 B = ipaddress.ip_network("10.70.0.8/31")
@@ -66,3 +66,16 @@ def test_a_pool_may_be_as_large_as_ipv6_allows() -> None:
     pool = Pool("p", (ipaddress.ip_network("fd00::/8"),), "anyip")
     assert pool.alias_count(6) == 1 << 120
     assert pool.address(6, (1 << 120) - 1) == ipaddress.ip_address("fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
+
+
+def test_a_map_of_pools_knows_every_alias_and_nothing_beside() -> None:
+    other = Pool("q", (ipaddress.ip_network("10.64.0.4/30"), ipaddress.ip_network("fd00::8/125")), size=3)
+    aliases = PoolMap([other, BOTH])
+    for pool in (BOTH, other):
+        for version in (4, 6):
+            for index in range(pool.alias_count(version)):
+                assert aliases.find(pool.address(version, index)) == (pool, index)
+    for text in ("10.63.255.255", "10.64.0.7", "10.70.0.7", "10.70.0.10", "fcff::", "fd00::4", "fd00::b", "::"):
+        assert aliases.find(ipaddress.ip_address(text)) is None
+    first, last = (int(ipaddress.ip_address(text)) for text in ("10.70.0.8", "10.70.0.9"))
+    assert aliases.runs(4)[-1] == (first, last)
