@@ -32,12 +32,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from steerd.model import Extension
-from steerd.wire import portext
 from tests.bench import peers, report
 from tests.bench.lab import (
     ALIAS_PORT,
     ENDPOINT_PORT,
+    EXTENDED,
     FIRST_ALIAS,
     FIRST_TRANSLATED_PORT,
     PARTS,
@@ -46,6 +45,7 @@ from tests.bench.lab import (
     Round,
     Run,
     Way,
+    extension_option,
 )
 from tests.bench.peers import Choice, by_port
 from tests.bench.scenario import Goal, Result, count_of, rounds_of
@@ -57,12 +57,6 @@ COUNT = count_of(6_000)
 PARALLEL = 64
 LATENCY_ROUNDS = rounds_of(3)
 LATENCY_COUNTS = {1: count_of(1500), 32: count_of(6000)}
-
-SERVICE = f"""\
-inspect = ["port-extension"]
-unextended = "unmatched"
-extension_pool = {{ pool = "tenants", by = "extension", port = {ALIAS_PORT} }}
-"""
 
 
 class Kind(NamedTuple):
@@ -95,7 +89,7 @@ LABELS = {
 def _start(lab: Lab) -> dict[str, Gateway]:
     """A gateway for each system, which runs."""
     gateways = {system: lab.gateway(system) for system in LABELS}
-    lab.steerd(gateways["early"], SERVICE)
+    lab.steerd(gateways["early"], EXTENDED)
     _map(gateways["map"])
     lab.translate(gateways["dnat"])
     peers.haproxy(lab, gateways["haproxy"], Choice.PORT, by_port)
@@ -122,12 +116,10 @@ def _map(gateway: Gateway) -> None:
 
 
 def _way(kind: Kind, gateway: Gateway) -> Way:
-    none, numbers = Extension(0, 0), portext.Numbers()
-    option = portext.encode_ipv4(none, numbers) if kind.version == 4 else portext.encode_ipv6(none, numbers)
     one_port = kind.system in ("early", "map")
     port, ports = (ENDPOINT_PORT, 1) if one_port else (FIRST_TRANSLATED_PORT, DAEMONS.size)
-    at = option.index(numbers.exid.to_bytes(2, "big")) + 2
-    return Way(gateway, kind.version, port, ports, option=option if kind.option else b"", option_at=at)
+    option, at = extension_option(kind.version) if kind.option else (b"", 0)
+    return Way(gateway, kind.version, port, ports, option=option, option_at=at)
 
 
 def run(console: Console) -> Result:
@@ -147,7 +139,7 @@ def run(console: Console) -> Result:
             return lab.in_turn(number, KINDS, measure)
 
         # Puts (nearly) every target into the kernel's maps, by both workers.
-        rounds(1, 8 * DAEMONS.size, PARALLEL)
+        rounds(1, count_of(8 * DAEMONS.size), PARALLEL)
         throughput = rounds(ROUNDS, COUNT, PARALLEL)
         latency = {parallel: rounds(LATENCY_ROUNDS, count, parallel) for parallel, count in LATENCY_COUNTS.items()}
     figures: dict[str, Any] = {

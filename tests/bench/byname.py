@@ -17,7 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tests.bench import peers, report
-from tests.bench.lab import ALIAS_PORT, ENDPOINT_PORT, FIRST_ALIAS, FIRST_TRANSLATED_PORT, Lab, Run, Way
+from tests.bench.lab import (
+    ALIAS_PORT,
+    ENDPOINT_PORT,
+    EXTENDED,
+    FIRST_ALIAS,
+    FIRST_TRANSLATED_PORT,
+    Lab,
+    Run,
+    Way,
+    extension_option,
+)
 from tests.bench.peers import Choice
 from tests.bench.report import Rounds
 from tests.bench.scenario import Chart, Spread, count_of, rounds_of
@@ -25,6 +35,7 @@ from tests.bench.scenario import Chart, Spread, count_of, rounds_of
 # The clients write a daemon's number over the three zeros; the length is that of the captured name.
 CAPTURED_NAME, NAME_TEMPLATE = b"shop.example", b"t000.example"
 NAME = "t{:03x}.example"
+EXTENDED_PORT = 444
 # sslh-select has a backlog of 50; beyond it, SYNs would have to be repeated.
 PARALLEL = 48
 COUNT = count_of(5_000)
@@ -48,6 +59,8 @@ class Kind(NamedTuple):
     system: str
     request: bytes
     version: int = 4
+    extended: bool = False
+    """Asks by a port extension instead; DNAT's clients carry it for nothing, since the option costs something."""
 
 
 class Bench:
@@ -58,7 +71,9 @@ class Bench:
     ) -> None:
         self.lab = Lab(stack, runs)
         self._gateways = {system: self.lab.gateway(system) for system in systems}
-        self.lab.steerd(self._gateways["late"], _routes(choice, self.lab.size))
+        steerd = self._gateways["late"]
+        extended = self.lab.service(steerd, "extended", EXTENDED_PORT, "tcp") + EXTENDED
+        self.lab.steerd(steerd, _routes(choice, self.lab.size) + extended)
         self.lab.translate(self._gateways["dnat"])
         for system, start in (("haproxy", peers.haproxy), ("nginx", peers.nginx), ("sslh", peers.sslh)):
             if system in systems:
@@ -86,7 +101,7 @@ class Bench:
             return self.in_turn(f"{run.request} bytes: {what}", rounds, kinds, measure)
 
         # Puts (nearly) every target into the kernel's maps, by both workers.
-        measured("warm-up", 1, 8 * run.size, PARALLEL)
+        measured("warm-up", 1, count_of(8 * run.size), PARALLEL)
         throughput = measured("connections", rounds, COUNT, PARALLEL)
         latency = {
             parallel: measured(f"{parallel} at a time", LATENCY_ROUNDS, count, parallel)
@@ -95,12 +110,14 @@ class Bench:
         return throughput, latency
 
     def _way(self, kind: Kind) -> Way:
-        by_port = kind.system == "dnat"
-        port, ports = (FIRST_TRANSLATED_PORT, self.lab.size) if by_port else (ENDPOINT_PORT, 1)
+        port, ports = EXTENDED_PORT if kind.extended else ENDPOINT_PORT, 1
+        if kind.system == "dnat":
+            port, ports = FIRST_TRANSLATED_PORT, self.lab.size
+        option, option_at = extension_option(kind.version) if kind.extended else (b"", 0)
         at = kind.request.index(NAME_TEMPLATE) + NAME_TEMPLATE.index(b"000")
         return Way(
             self._gateways[kind.system], kind.version, port, ports,
-            request=kind.request, request_at=at, loses=kind.system == "sslh",
+            option=option, option_at=option_at, request=kind.request, request_at=at, loses=kind.system == "sslh",
         )  # fmt: skip
 
 

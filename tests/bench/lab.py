@@ -40,6 +40,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from steerd.core.pools import Pool
 from steerd.kernel import aliases
+from steerd.model import Extension
+from steerd.wire import portext
 from tests.bench.scenario import compile_c
 from tests.netns.lab import Host, link
 
@@ -58,7 +60,7 @@ ENOUGH_CORES = 2 * PARTS
 # The last FINs have passed, and what they leave behind can be thrown away.
 SETTLE_SECONDS = 0.2
 START_SECONDS = 30
-PACKETS_MILLISECONDS = 500
+PACKETS_MILLISECONDS = BULK_MILLISECONDS = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 STEERD = """\
@@ -80,6 +82,12 @@ total_burst = 1000000
 prefixes = ["10.64.0.0/21", "fd00:64::/117"]
 size = {size}
 """
+EXTENDED = f"""\
+inspect = ["port-extension"]
+unextended = "unmatched"
+extension_pool = {{ pool = "tenants", by = "extension", port = {ALIAS_PORT} }}
+"""
+"""The rest of a service that steers by extension."""
 SERVICE = """
 [services.{name}]
 endpoints = ["{endpoint4}:{port}/{protocol}", "[{endpoint6}]:{port}/{protocol}"]
@@ -388,7 +396,7 @@ class Lab:
         return Exchange(total / (end - start), float(result[5]), float(result[6]))
 
     def bulk(self, way: Way, run: Run, parallel: int) -> Bulk:
-        """What so many established connections carry in a second: up to a sink, down from a source."""
+        """What so many established connections carry in half a second: up to a sink, down from a source."""
         before = self._cpu(way.gateway)
         (result,) = self._stream(way, {"sink": "up", "source": "down"}[run.what], run, 1, parallel)
         after = self._cpu(way.gateway)
@@ -415,7 +423,7 @@ class Lab:
             "daemon": run.first,
             "count": count,
             "parallel": parallel,
-            "seconds": 1,
+            "milliseconds": BULK_MILLISECONDS,
         }
         processes = [self._client(self._who.stream, way, parallel, **settings)]
         self._place(way.gateway, processes, 1 if what == "exchange" and parallel == 1 else PARTS)
@@ -474,6 +482,13 @@ class Lab:
             used["system_user"] = sum(user for user, _ in times)
             used["system_kernel"] = sum(kernel for _, kernel in times)
         return used
+
+
+def extension_option(version: int) -> tuple[bytes, int]:
+    """The IP option with a port extension, and the place in it of the extension itself: of a Way."""
+    none, numbers = Extension(0, 0), portext.Numbers()
+    option = portext.encode_ipv4(none, numbers) if version == 4 else portext.encode_ipv6(none, numbers)
+    return option, option.index(numbers.exid.to_bytes(2, "big")) + 2
 
 
 def placement(cores: Sequence[int], parallel: int) -> tuple[Sequence[int], Sequence[int]]:

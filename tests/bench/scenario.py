@@ -75,8 +75,8 @@ def is_quick() -> bool:
 
 
 def rounds_of(number: int) -> int:
-    """So many rounds, or two if that is quick."""
-    return min(2, number) if is_quick() else number
+    """So many rounds, or one if that is quick."""
+    return 1 if is_quick() else number
 
 
 def count_of(number: int) -> int:

@@ -28,7 +28,7 @@
 #define BACKLOG 4096
 #define EVENTS 256
 #define CHUNK 262144
-#define SOURCE_SECONDS 1
+#define SOURCE_SECONDS 0.5
 
 enum what { ANSWER, ECHO, SINK, SOURCE };
 

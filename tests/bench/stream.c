@@ -184,8 +184,8 @@ int main(int argc, char **argv)
 	const char *what = setting(argv, "what");
 	int i = number(argv, "daemon"), parallel = number(argv, "parallel");
 	long tuple = number(argv, "tuple"), count = number(argv, "count"), result;
-	long duration = number(argv, "seconds");
-	struct timeval patience = { .tv_sec = PATIENCE + duration };
+	long long duration = number(argv, "milliseconds") * 1000000LL;
+	struct timeval patience = { .tv_sec = PATIENCE };
 	int *fds = calloc(parallel, sizeof *fds);
 	if (!fds)
 		die("start");
@@ -202,7 +202,7 @@ int main(int argc, char **argv)
 	if (!strcmp(what, "exchange"))
 		result = exchange(fds, parallel, count);
 	else if (!strcmp(what, "up"))
-		result = up(fds, parallel, duration * 1000000000LL);
+		result = up(fds, parallel, duration);
 	else
 		result = down(fds, parallel);
 	long long end = now();
