@@ -1,5 +1,6 @@
 """The manual pages, made of the code: steerctl(1) and steerd(8) of the commands and their options, steerd.toml(5) of
-the structs that a configuration is read into (steerd.config.schema) and of what stands below each of their fields.
+the structs that a configuration is read into (steerd.config.schema), of what stands below each of their fields, and of
+the parsers (steerd.wire.registry).
 
     python -m steerd.cli.man      # writes them to steerd/man
 
@@ -25,6 +26,7 @@ from typer.models import ArgumentInfo, OptionInfo
 from steerd import paths
 from steerd.cli import common, ctl, main, options
 from steerd.config import schema
+from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, REGISTRY
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "man"
 
@@ -226,8 +228,21 @@ def _configuration() -> str:
         lines.append(f".SH {_escaped(title)}\n")
         lines.append(_text(inspect.getdoc(struct) or ""))
         lines += [_key(field, struct) for field in msgspec.structs.fields(struct) if not nested(field.type)]
+    lines.append(".SH PARSERS\n")
+    lines.append(_text("What `inspect` may name, and the keys that each gives: what stands in `when`."))
+    lines += [_parser(name) for name in PARSER_NAMES]
     lines.append(".SH EXAMPLE\n.nf\n.RS\n" + _escaped(_EXAMPLE) + ".RE\n.fi\n")
     return "".join(lines)
+
+
+def _parser(name: str) -> str:
+    """What a parser is for, and its keys."""
+    tcp, udp = REGISTRY.get(name), DATAGRAMS.get(name)
+    found = [(word, parser) for word, parser in (("TCP", tcp), ("UDP", udp)) if parser is not None]
+    keys = dict.fromkeys(key for _, parser in found for key in parser.keys)
+    transports = ", ".join(word for word, _ in found)
+    said = "; ".join(parser.summary for _, parser in found)
+    return _tagged(f"{name} ({transports})", f"{said}. Keys: {', '.join(f'`{key}`' for key in keys)}.")
 
 
 def sections(struct: type[Struct], path: str) -> Iterator[tuple[str, type[Struct]]]:

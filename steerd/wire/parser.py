@@ -50,7 +50,7 @@ class Parser(NamedTuple):
     inspects. Only `prefix` and `regex` look at them. Raises ValueError, with a sentence, for a value that can never
     match."""
     summary: str
-    """One line for `steerd --help` and the documentation."""
+    """What the manual, steerd.toml(5), says of it (steerd.cli.man)."""
     exclusive: bool = True
     """Whether recognising its protocol rules out all others, so that no further parser need be asked."""
 
