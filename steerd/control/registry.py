@@ -280,7 +280,7 @@ class Reader:
         return self._txn.get(key, db=self._dynamic if key[0] & _DYNAMIC_BIT else self._routes)
 
     def routes_of(self, service: str, probe: Probe) -> Iterator[Route]:
-        """All routes that a probe may find, as `control.routes.stored_route` gives them, while no other method is
+        """All routes that a probe may find, as control.route_records.stored_route gives them, while no other method is
         called; for explanations."""
         assert self._txn is not None, "routes are looked up where no decision is being made"
         with self._txn.cursor(db=self._dynamic if probe.number[0] & _DYNAMIC_BIT else self._routes) as cursor:

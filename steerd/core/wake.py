@@ -1,5 +1,5 @@
 """Daemons that are started when a connection comes: who may be woken now, and who waits for it. Pure: asks, news and
-`now` (seconds that never go back) go in, actions come out; control.wake carries them out.
+`now` (seconds that never go back) go in, actions come out; main.waker carries them out.
 
 **Words.** A *daemon* is what one unit or command line runs; its name is its `Starter`. It has an alias, one address or
 one of each family, and a *door* is a target on it: target id, protocol, port. Two targets whose starters are equal are

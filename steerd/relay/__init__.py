@@ -6,6 +6,6 @@ connection itself over (steerd.relay.handover). It takes no part in decisions, a
 
 It needs nothing but to bind and to connect, so it gives up all capabilities that the agent has (but to bind ports below
 1024, if it must). Whoever kills it cuts the connections that it copies, no others; the main process starts it again
-(steerd.relay.keeper). When the main process ends, it stops listening and carries on what it has until the last
+(steerd.main.relay). When the main process ends, it stops listening and carries on what it has until the last
 connection has ended.
 """

@@ -6,6 +6,9 @@ Read from the source with `ast`, so that imports inside functions and for type c
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +110,39 @@ def test_pure_code_reads_no_clock_no_socket_and_writes_no_log() -> None:
         if part_of(module) in PURE
         for name in imports(file, module)
         if name.split(".")[0] in IMPURE_MODULES
+    ]
+    assert wrong == []
+
+
+def prose(file: Path) -> Iterator[str]:
+    """Comments and strings of several lines, such as docstrings."""
+    for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.string.endswith('"""')):
+            yield token.string
+
+
+def is_there(name: str) -> bool:
+    """Whether `kernel.queue.RESERVED` or `steerd.kernel.queue` is a module, or something that one says."""
+    parts = name.removeprefix("steerd.").split(".")
+    for length in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:length])
+        source = next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+        if source is not None:
+            text = source.read_text()
+            return all(re.search(rf"\b{part}\b", text) for part in parts[length:])
+    return False
+
+
+def test_what_prose_names_is_there() -> None:
+    """A part of steerd that was renamed is renamed where others speak of it, too."""
+    packages = "|".join(file.parent.name for file in ROOT.glob("*/__init__.py"))
+    named = re.compile(rf"(?<![\w./])(?:steerd\.\w|(?:steerd\.)?(?:{packages})\.[a-z_]{{2}})\w*(?:\.\w+)*\b(?![./])")
+    wrong = [
+        f"{file.relative_to(ROOT.parent)}: {name}"
+        for file, _ in sources()
+        for text in prose(file)
+        for name in named.findall(text)
+        if not name.endswith((".toml", ".service", ".nft", ".py")) and not is_there(name)
     ]
     assert wrong == []
 
