@@ -248,4 +248,7 @@ def _prefix(text: str) -> IPNetwork:
 
 def _target(text: str) -> Target:
     place = parse_place(text)
+    if place.port == 0:
+        message = f"{text} is no filter: a flow is delivered to a port; write {place.address} for whichever."
+        raise RequestError("invalid", "target", message)
     return Target(place.address, place.port or 0)

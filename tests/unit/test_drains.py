@@ -216,6 +216,7 @@ def test_a_group_goes_on_with_those_that_are_not_drained(lab: Lab) -> None:
         ("a.example:80", "invalid", "is no target"),
         ("[fd00:64::1", "invalid", "is no target"),
         ("[fd00:64::1]80", "invalid", "is no target"),
+        ("[10.64.0.1]:80", "invalid", "is no target"),
         ("fe80::1%eth0", "invalid", "is no target"),
         ("", "invalid", "is no target"),
         ("10.99.0.1:80", "not_found", r"10\.99\.0\.1 is in no pool, and nothing leads there"),

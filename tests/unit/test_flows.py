@@ -174,6 +174,7 @@ def test_those_that_are_over_if_they_are_wanted(registry: Registry) -> None:
         (None, "none", None, None, "service"),
         (None, None, "10.64.0.1:0", None, "target"),
         (None, None, "10.64.0.1:", None, "target"),
+        (None, None, "10.64.0.1:same", None, "target"),
         (None, None, "10.64.0.1:65536", None, "target"),
         (None, None, "[10.64.0.1", None, "target"),
         (None, None, "", None, "target"),
