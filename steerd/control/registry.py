@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import lmdb
 import msgspec
@@ -31,7 +32,17 @@ from steerd.control.route_records import origin_of, stored_route
 from steerd.control.routes import RouteTable
 from steerd.control.sessions import Places, SessionTable
 from steerd.control.states import States
-from steerd.control.store import ID_KEY_TAIL, IdGiver, Store, group_of, open_to_read, plan_of, target_of, written
+from steerd.control.store import (
+    ID_KEY_TAIL,
+    IdGiver,
+    PackedTarget,
+    Store,
+    group_of,
+    open_to_read,
+    plan_of,
+    target_of,
+    written,
+)
 from steerd.core.choice import GROUP, Group
 from steerd.core.engine import EndpointPlan, Mapping, Plan, ServicePlan, TargetIds, WakeRange
 from steerd.core.pending import Limits
@@ -120,6 +131,12 @@ class Registry:
                 (id_, target, None if name is None else str(name, "ascii"))
                 for (id_, target), name in zip(found, names, strict=True)
             ]
+
+    @contextmanager
+    def packed_targets(self) -> Iterator[Callable[[int], PackedTarget | None]]:
+        """Says what target ids stand for at one moment, quickly; None for one that was never given."""
+        with self.reading() as txn:
+            yield partial(self._store.packed_target, txn)
 
     def forget_dead_readers(self) -> int:
         """Free the reader slots of workers that were killed; returns how many."""

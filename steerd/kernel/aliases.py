@@ -33,15 +33,12 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from typing import Any, NamedTuple
 
 from steerd.core.plan import DEVICE_PREFIX, AddressPlan, Held, plan_addresses, wanted_addresses, wanted_routes
 from steerd.core.pools import Pool
 from steerd.errors import KernelError
+from steerd.kernel.nfnetlink import attribute
 from steerd.kernel.rtnetlink import (
     ATTRIBUTE,
     BATCH,
@@ -52,6 +49,7 @@ from steerd.kernel.rtnetlink import (
     attributes,
     encode,
     errno_text,
+    request,
 )
 from steerd.model import IPAddress, IPNetwork
 
@@ -70,7 +68,7 @@ Progress = Callable[[int, int], None]
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
-_IFLA_IFNAME, _IFLA_GROUP = 3, 27
+_IFLA_IFNAME, _IFLA_GROUP, _IFLA_EXT_MASK = 3, 27, 29
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO = 1, 2, 11
 _RTA_DST = 1
 _IFF_UP = 1
@@ -78,6 +76,10 @@ _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _IFAPROT_KERNEL = range(1, 4)
 """IFAPROT_KERNEL_LO, _RA, _LL (linux/if_addr.h): addresses that the kernel gave a device by itself."""
 _RT_TABLE_LOCAL, _RTN_LOCAL, _RT_SCOPE_HOST, _RTPROT_KERNEL = 255, 2, 254, 2
+_IFINFOMSG, _IFADDRMSG = 16, 8
+"""How long struct ifinfomsg and struct ifaddrmsg are; a request that is all zeros asks for every one of its kind."""
+_RTMSG = struct.Struct("=BB2xBB6x")
+"""struct rtmsg: family, length of the destination's prefix, table, protocol; the rest is 0."""
 _AT_ROUTE_TYPE = 7
 """Where struct rtmsg has the type of a route."""
 _RTEXT_FILTER_SKIP_STATS = 8
@@ -159,11 +161,9 @@ def are_local(addresses: Iterable[IPAddress]) -> bool:
     """Whether the kernel takes all of these for addresses of this machine. One message each."""
     with Rtnetlink() as netlink:
         for address in addresses:
-            message = rtmsg()
-            message["family"] = socket.AF_INET if address.version == 4 else socket.AF_INET6
-            message["dst_len"] = address.max_prefixlen
-            message["attrs"] = [("RTA_DST", str(address))]
-            found = netlink.answer(encode(message, _RTM_GETROUTE))
+            family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+            about = _RTMSG.pack(family, address.max_prefixlen, 0, 0) + attribute(_RTA_DST, address.packed)
+            found = netlink.answer(request(_RTM_GETROUTE, about))
             if found is None or found[_AT_ROUTE_TYPE] != _RTN_LOCAL:
                 return False
     return True
@@ -263,14 +263,34 @@ class _Tally:
             self._progress(self._done, self._total)
 
 
+# pyroute2's messages, without which there is no change (why they are imported here: steerd.kernel.rtnetlink).
+
+
+def _ifinfmsg() -> Any:
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+    return ifinfmsg()
+
+
+def _ifaddrmsg() -> Any:
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+
+    return ifaddrmsg()
+
+
+def _rtmsg() -> Any:
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+    return rtmsg()
+
+
 # What is there.
 
 
 def _links(netlink: Rtnetlink) -> list[_Link]:
-    request = ifinfmsg()
-    request["attrs"] = [("IFLA_EXT_MASK", _RTEXT_FILTER_SKIP_STATS)]
+    about = bytes(_IFINFOMSG) + attribute(_IFLA_EXT_MASK, _NUMBER.pack(_RTEXT_FILTER_SKIP_STATS))
     found = []
-    for data, at, end in netlink.dump(encode(request, _RTM_GETLINK)):
+    for data, at, end in netlink.dump(request(_RTM_GETLINK, about)):
         index, flags = struct.unpack_from("=iI", data, at + 4)
         told = dict(attributes(data, at + 16, end))
         name = told[_IFLA_IFNAME].rstrip(b"\0").decode(errors="surrogateescape")
@@ -280,9 +300,7 @@ def _links(netlink: Rtnetlink) -> list[_Link]:
 
 def _addresses(netlink: Rtnetlink) -> Iterator[tuple[int, bytes, int]]:
     """Every address of the namespace: (index of its device, address, protocol)."""
-    request = ifaddrmsg()
-    request["family"] = socket.AF_UNSPEC
-    for data, at, end in netlink.dump(encode(request, _RTM_GETADDR)):
+    for data, at, end in netlink.dump(request(_RTM_GETADDR, bytes(_IFADDRMSG))):
         (index,) = _NUMBER.unpack_from(data, at + 4)
         address = b""
         protocol = 0
@@ -316,11 +334,8 @@ def _held(netlink: Rtnetlink, links: Iterable[_Link]) -> Held:
 
 def _local_routes(netlink: Rtnetlink, family: int, protocol: int) -> Iterator[tuple[bytes, int]]:
     """(prefix, length) of the routes of one protocol in the local table; the kernel does the choosing."""
-    request = rtmsg()
-    request["family"] = family
-    request["table"] = _RT_TABLE_LOCAL
-    request["proto"] = protocol
-    for data, at, end in netlink.dump(encode(request, _RTM_GETROUTE)):
+    about = _RTMSG.pack(family, 0, _RT_TABLE_LOCAL, protocol)
+    for data, at, end in netlink.dump(request(_RTM_GETROUTE, about)):
         # The answer to a filter that an old kernel does not know is the whole table.
         if data[at + 5] == protocol and data[at + 4] == _RT_TABLE_LOCAL and data[at + 7] == _RTN_LOCAL:
             width = 4 if family == socket.AF_INET else 16
@@ -354,19 +369,21 @@ def _each_device(netlink: Rtnetlink, template: bytes, indices: Sequence[int]) ->
 
 
 def _group_template(group: int) -> bytes:
-    message = ifinfmsg()
+    message = _ifinfmsg()
     message["attrs"] = [("IFLA_GROUP", group)]
     return encode(message, _RTM_NEWLINK)
 
 
 def _bring_up(netlink: Rtnetlink, indices: Sequence[int]) -> None:
     """Switch devices up, without the link-local address that the kernel would give each."""
+    if not indices:
+        return
     if _has_ipv6():
-        quiet = ifinfmsg()
+        quiet = _ifinfmsg()
         mode = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _IN6_ADDR_GEN_MODE_NONE)]}
         quiet["attrs"] = [("IFLA_AF_SPEC", {"attrs": [("AF_INET6", mode)]})]
         _each_device(netlink, encode(quiet, _RTM_NEWLINK), indices)
-    up = ifinfmsg()
+    up = _ifinfmsg()
     up["flags"] = up["change"] = _IFF_UP
     for index, number in _each_device(netlink, encode(up, _RTM_NEWLINK), indices).items():
         raise KernelError(f"The kernel refused to switch the alias device with index {index} up: {errno_text(number)}.")
@@ -375,7 +392,8 @@ def _bring_up(netlink: Rtnetlink, indices: Sequence[int]) -> None:
 def _take_back(netlink: Rtnetlink, links: Iterable[_Link]) -> None:
     """Devices that an interrupted removal left behind, or that somebody switched down, are devices like the others."""
     leaving = [link.ifindex for link in links if link.ours and link.group == _GROUP_LEAVING]
-    _each_device(netlink, _group_template(GROUP), leaving)
+    if leaving:
+        _each_device(netlink, _group_template(GROUP), leaving)
     _bring_up(netlink, [link.ifindex for link in links if link.ours and not link.up])
 
 
@@ -394,7 +412,7 @@ def _make_devices(netlink: Rtnetlink, names: Sequence[str], kinds: Sequence[str]
 
 
 def _create(netlink: Rtnetlink, names: Sequence[str], kind: str) -> dict[int, int]:
-    message = ifinfmsg()
+    message = _ifinfmsg()
     placeholder = "x" * (_IFNAMSIZ - 1)
     message["attrs"] = [
         ("IFLA_IFNAME", placeholder),
@@ -416,10 +434,10 @@ def _drop_devices(netlink: Rtnetlink, plan: AddressPlan, links: Iterable[_Link],
     _remove_host_routes(netlink, [(index, address) for index, address in plan.dropped if len(address) == 16])
     if any(link.group == _GROUP_LEAVING and not link.ours for link in links):
         # Somebody else uses the same group number: deleting by group would take his devices too.
-        _each_device(netlink, encode(ifinfmsg(), _RTM_DELLINK), plan.drop_devices)
+        _each_device(netlink, encode(_ifinfmsg(), _RTM_DELLINK), plan.drop_devices)
     else:
         _each_device(netlink, _group_template(_GROUP_LEAVING), plan.drop_devices)
-        message = ifinfmsg()
+        message = _ifinfmsg()
         message["attrs"] = [("IFLA_GROUP", _GROUP_LEAVING)]
         number = netlink.request(encode(message, _RTM_DELLINK))
         if number not in (0, errno.ENODEV):
@@ -433,7 +451,7 @@ def _drop_devices(netlink: Rtnetlink, plan: AddressPlan, links: Iterable[_Link],
 @functools.cache
 def _address_template(width: int, kind: int, flags: int) -> tuple[bytes, tuple[int, ...]]:
     """A message for /32 or /128 addresses of device 0, and the offsets at which the address stands."""
-    message = ifaddrmsg()
+    message = _ifaddrmsg()
     message["family"] = socket.AF_INET if width == 4 else socket.AF_INET6
     message["prefixlen"] = width * 8
     marker = b"\xfe" * width
@@ -528,7 +546,7 @@ def _remove_host_routes(netlink: Rtnetlink, addresses: Sequence[tuple[int, bytes
     """Take the kernel's own routes to IPv6 addresses away, before the addresses go (see the top of this file)."""
     if not addresses:
         return
-    message = rtmsg()
+    message = _rtmsg()
     marker = b"\xfe" * 16
     message["family"] = socket.AF_INET6
     message["dst_len"] = 128
@@ -554,8 +572,8 @@ def _remove_host_routes(netlink: Rtnetlink, addresses: Sequence[tuple[int, bytes
 # Routes.
 
 
-def _route_message(route: IPNetwork) -> rtmsg:
-    message = rtmsg()
+def _route_message(route: IPNetwork) -> Any:
+    message = _rtmsg()
     message["family"] = socket.AF_INET if route.version == 4 else socket.AF_INET6
     message["dst_len"] = route.prefixlen
     message["table"] = _RT_TABLE_LOCAL

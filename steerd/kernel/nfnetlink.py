@@ -25,32 +25,33 @@ GENERIC = struct.Struct("!BBH")
 # Only a lost answer (no memory for it) could make a reader wait for ever.
 _ANSWER_SECONDS = 2.0
 _HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
+ATTRIBUTE = struct.Struct("=HH")
+"""struct nlattr: length, header included and padding not, and type."""
 
 
 def attribute(kind: int, value: bytes) -> bytes:
     """One attribute, padded."""
-    return _ATTRIBUTE.pack(len(value) + _ATTRIBUTE.size, kind) + value + b"\0" * (-len(value) % 4)
+    return ATTRIBUTE.pack(len(value) + ATTRIBUTE.size, kind) + value + b"\0" * (-len(value) % 4)
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
     """The attributes that stand one behind the other in `data`, by kind."""
     found = {}
     offset = 0
-    while offset + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        found[kind & ~NESTED] = data[offset + _ATTRIBUTE.size : offset + length]
-        offset += (max(length, _ATTRIBUTE.size) + 3) & ~3
+    while offset + ATTRIBUTE.size <= len(data):
+        length, kind = ATTRIBUTE.unpack_from(data, offset)
+        found[kind & ~NESTED] = data[offset + ATTRIBUTE.size : offset + length]
+        offset += (max(length, ATTRIBUTE.size) + 3) & ~3
     return found
 
 
 def listed(data: bytes) -> Iterator[bytes]:
     """The values of attributes that stand one behind the other in `data`, whatever their kind."""
     offset = 0
-    while offset + _ATTRIBUTE.size <= len(data):
-        length, _ = _ATTRIBUTE.unpack_from(data, offset)
-        yield data[offset + _ATTRIBUTE.size : offset + length]
-        offset += (max(length, _ATTRIBUTE.size) + 3) & ~3
+    while offset + ATTRIBUTE.size <= len(data):
+        length, _ = ATTRIBUTE.unpack_from(data, offset)
+        yield data[offset + ATTRIBUTE.size : offset + length]
+        offset += (max(length, ATTRIBUTE.size) + 3) & ~3
 
 
 def message(kind: int, flags: int, sequence: int, family: int, resource: int, body: bytes) -> bytes:

@@ -35,10 +35,17 @@ FALLBACK_CHAIN = "STEERD"
 _SEED = "0x5354"
 _IPTABLES = {"iptables-nft": "ip", "ip6tables-nft": "ip6"}
 FALLBACK_TABLES = ("raw", "mangle")
-_TRANSLATIONS = ("targets4", "targets6", "hosts4", "hosts6")
+_CHECKS = {
+    "targets4": "translated4",
+    "targets6": "translated6",
+    "hosts4": "translated_hosts4",
+    "hosts6": "translated_hosts6",
+}
+"""The maps that translate, and the set of each that knows what must have come of it."""
+_TRANSLATIONS = tuple(_CHECKS)
 _TARGET_MAPS = (*_TRANSLATIONS, "daemons4", "daemons6", "zones", "learned")
 _ZONES = 65535
-_TARGET_SETS = ("translated4", "translated6", "translated_hosts4", "translated_hosts6", "answering4", "answering6")
+_TARGET_SETS = (*_CHECKS.values(), "answering4", "answering6")
 
 
 class Settings(NamedTuple):
@@ -294,17 +301,18 @@ def flush_targets() -> str:
 
 def target_elements(mark_value: int, target: Target) -> list[Element]:
     """The elements that make the kernel translate packets of this mark to a target, and check that it did."""
-    version = target.address.version
     # A set's key is compared as the rule puts it into registers: the mark in the machine's own byte order.
     key = mark_value.to_bytes(4, sys.byteorder)
-    address = target.address.packed
-    if not target.port:
-        return [Element(f"hosts{version}", key, address), Element(f"translated_hosts{version}", key + address, None)]
-    port = target.port.to_bytes(2, "big") + b"\0\0"
-    return [
-        Element(f"targets{version}", key, address + port),
-        Element(f"translated{version}", key + address + port, None),
-    ]
+    name, data = _translation(target.address.packed, target.port)
+    return [Element(name, key, data), Element(_CHECKS[name], key + data, None)]
+
+
+def _translation(address: bytes, port: int) -> tuple[str, bytes]:
+    """The map that has a target (its address packed), and its data there."""
+    version = 4 if len(address) == 4 else 6
+    if not port:
+        return f"hosts{version}", address
+    return f"targets{version}", address + port.to_bytes(2, "big") + b"\0\0"
 
 
 def datagram_elements(mark_value: int, target_id: int, target: Target, dport: int) -> list[Element]:
@@ -325,14 +333,15 @@ def datagram_elements(mark_value: int, target_id: int, target: Target, dport: in
     ]
 
 
-def targets_agree(nftables: Nftables, mark: MarkLayout, target: Callable[[int], Target | None]) -> bool:
-    """Whether all target ids in the kernel's maps mean what `target` says: not, if it knows nothing of them or began
-    anew, or if other bits of the mark were ours."""
+def targets_agree(nftables: Nftables, mark: MarkLayout, target: Callable[[int], tuple[bytes, int] | None]) -> bool:
+    """Whether all target ids in the kernel's maps mean what `target` says, as packed address and port: not, if it knows
+    nothing of them or began anew, or if other bits of the mark were ours."""
+    others, shift = ~mark.mask, mark.shift
     for name in _TRANSLATIONS:
         for element in nftables.elements(name):
             value = int.from_bytes(element.key, sys.byteorder)
-            meant = target(value >> mark.shift)
-            if meant is None or element != target_elements(value & mark.mask, meant)[0]:
+            meant = target(value >> shift)
+            if meant is None or value & others or _translation(*meant) != (name, element.data):
                 return False
     return True
 

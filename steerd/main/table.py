@@ -118,8 +118,8 @@ class Table:
     def begin(self, registry: Registry) -> None:
         """Load it, whatever is there; the targets in it stay if the registry means the same by their ids. Raises
         SteerdError."""
-        with contextlib.closing(registry.reader()) as reader:
-            known = ruleset.targets_agree(self._nftables, self._config().gateway.mark, reader.target)
+        with registry.packed_targets() as target:
+            known = ruleset.targets_agree(self._nftables, self._config().gateway.mark, target)
         self._load(self._config(), empty_targets=not known)
 
     def change(self, config: Config) -> None:

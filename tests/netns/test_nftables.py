@@ -9,7 +9,7 @@ import contextlib
 import ipaddress
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -120,14 +120,26 @@ def test_every_element_is_read(lab: Lab) -> None:
 
 def test_whether_targets_agree_with_what_is_known(lab: Lab) -> None:
     known = {16: target("10.64.0.1", 80), 17: target("10.64.0.1", 0), 18: target("fd00:64::1", 80)}
-    assert ruleset.targets_agree(lab.nftables, MARK, lambda _: None)
+    known |= {19: target("fd00:64::1", 0), 20: target("10.64.0.2", 80), 21: target("10.64.0.3", 80)}
+
+    def agrees(known: Mapping[int, Target | None], mark: MarkLayout = MARK) -> bool:
+        packed = {id_: (each.address.packed, each.port) for id_, each in known.items() if each is not None}
+        return ruleset.targets_agree(lab.nftables, mark, packed.get)
+
+    assert agrees({})
     for id_, each in known.items():
         lab.nftables.insert(target_elements(MARK.field(id_), each))
-    assert ruleset.targets_agree(lab.nftables, MARK, known.get)
-    assert not ruleset.targets_agree(lab.nftables, MarkLayout(9, 31), known.get)
+    assert agrees(known)
+    assert not agrees(known, MarkLayout(9, 31))
     for id_ in known:
-        for other in (target("10.64.0.2", 80), target("10.64.0.1", 81), target("fd00:64::1", 0), None):
-            assert not ruleset.targets_agree(lab.nftables, MARK, {**known, id_: other}.get)
+        for other in (target("10.64.0.4", 80), target("10.64.0.1", 81), target("fd00:64::1", 81), None):
+            assert not agrees({**known, id_: other})
+    own, _ = target_elements(MARK.field(21), known[21])
+    changed, _ = target_elements(MARK.field(21), target("10.64.0.3", 81))
+    lab.nftables.delete([own._replace(data=None)])
+    assert agrees(known)
+    lab.nftables.insert([changed])
+    assert not agrees(known)
 
 
 def test_what_is_there_already_is_fine(lab: Lab) -> None:
