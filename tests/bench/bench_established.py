@@ -34,7 +34,7 @@ ECHO = Run("echo", len(HELLO), first=0, size=1)
 SINK = Run("sink", len(HELLO), first=1, size=1)
 SOURCE = Run("source", len(HELLO), first=2, size=1)
 ROUNDS = rounds_of(9)
-BULK_ROUNDS = rounds_of(7)
+BULK_ROUNDS = rounds_of(5)
 EXCHANGE_COUNTS = {1: count_of(6000), 64: count_of(300)}
 AT_A_TIME = (1, 64)
 SYSTEMS = ("late", "dnat", "haproxy")
