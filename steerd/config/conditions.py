@@ -12,10 +12,7 @@ from steerd.config.parsers import PORT_EXTENSION, keys_of
 from steerd.config.reader import Reader, instead, shown
 from steerd.config.texts import MAX_EXTENDED_PORT, is_decimal
 from steerd.core.router import key_rank
-from steerd.model import (
-    Condition,
-    Match,
-)
+from steerd.model import Condition, Match
 from steerd.wire import dns, quic
 from steerd.wire.registry import PARSER_NAMES, check_patterns
 

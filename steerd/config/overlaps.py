@@ -6,11 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from steerd.config.reader import Reader
-from steerd.model import (
-    Endpoint,
-    IPAddress,
-    IPNetwork,
-)
+from steerd.model import Endpoint, IPAddress, IPNetwork
 
 
 class _Span(NamedTuple):

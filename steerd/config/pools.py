@@ -7,9 +7,7 @@ from steerd.config.reader import Reader, check_name, join
 from steerd.config.texts import parse_pool_prefix
 from steerd.config.wake import PLACEHOLDER, read_wake
 from steerd.core.pools import Pool
-from steerd.model import (
-    IPNetwork,
-)
+from steerd.model import IPNetwork
 
 MAX_REAL_ADDRESSES = {4: 1 << 20, 6: 1 << 14}
 """The most aliases of all pools in mode `addresses`, by address family. The kernel keeps an address and a route for

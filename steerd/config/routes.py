@@ -14,13 +14,7 @@ from steerd.config.texts import parse_network
 from steerd.config.values import Config, Service
 from steerd.core.router import MAX_PROBES, conflicts, count_shapes
 from steerd.errors import ConfigError
-from steerd.model import (
-    UDP,
-    IPNetwork,
-    Policy,
-    Route,
-    Target,
-)
+from steerd.model import UDP, IPNetwork, Policy, Route, Target
 from steerd.wire.registry import PATTERNED, check_patterns
 
 

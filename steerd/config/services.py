@@ -14,18 +14,7 @@ from steerd.config.sessions import read_sessions
 from steerd.config.targets import Scene, check_families, read_choice, read_targets
 from steerd.config.texts import MAX_EXTENDED_PORT, parse_endpoint, parse_network
 from steerd.config.values import MAX_PORT, ExtensionPool, Service, Unextended
-from steerd.model import (
-    PROTOCOL_NAMES,
-    TCP,
-    UDP,
-    Choice,
-    Endpoint,
-    IPNetwork,
-    Match,
-    Outcome,
-    Route,
-    Target,
-)
+from steerd.model import PROTOCOL_NAMES, TCP, UDP, Choice, Endpoint, IPNetwork, Match, Outcome, Route, Target
 from steerd.wire import quic, quic_lb
 from steerd.wire.registry import DATAGRAMS, PARSER_NAMES, transports
 

@@ -15,13 +15,7 @@ from steerd.config.wake import read_wake
 from steerd.core.choice import MAX_MEMBERS, SOURCE
 from steerd.core.pools import Pool, PoolMap
 from steerd.core.wake import Wake
-from steerd.model import (
-    Choice,
-    Endpoint,
-    IPAddress,
-    Policy,
-    Target,
-)
+from steerd.model import Choice, Endpoint, IPAddress, Policy, Target
 
 Place = Callable[[str, Pool], tuple[IPAddress, ...] | None]
 """The aliases of a pool for a daemon's name (core.relays.Seats.place)."""

@@ -13,14 +13,7 @@ from typing import Literal
 from steerd.config.reader import shown
 from steerd.config.values import MAX_PORT, Listen
 from steerd.core.marks import MARK_BITS, MarkLayout
-from steerd.model import (
-    PROTOCOL_NUMBERS,
-    Endpoint,
-    IPAddress,
-    IPNetwork,
-    Target,
-    UnixDaemon,
-)
+from steerd.model import PROTOCOL_NUMBERS, Endpoint, IPAddress, IPNetwork, Target, UnixDaemon
 
 MIN_MARK_BITS = 20
 """The fewest mark bits to live on: the flag, and ids for half a million targets."""

@@ -14,16 +14,7 @@ from steerd.core.pools import Pool
 from steerd.core.sessions import Sessions
 from steerd.core.wake import Limits as WakeLimits
 from steerd.core.wake import Wake
-from steerd.model import (
-    TCP,
-    Choice,
-    Endpoint,
-    IPAddress,
-    IPNetwork,
-    Outcome,
-    Route,
-    Target,
-)
+from steerd.model import TCP, Choice, Endpoint, IPAddress, IPNetwork, Outcome, Route, Target
 from steerd.wire import quic_lb
 from steerd.wire.portext import Numbers
 

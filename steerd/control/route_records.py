@@ -12,15 +12,7 @@ import msgspec
 from steerd.config.conditions import condition_text
 from steerd.core.choice import GROUP
 from steerd.core.engine import TargetIds
-from steerd.core.router import (
-    DYNAMIC,
-    Part,
-    Probe,
-    Shape,
-    has_digest,
-    route_at,
-    shape_of_probe,
-)
+from steerd.core.router import DYNAMIC, Part, Probe, Shape, has_digest, route_at, shape_of_probe
 from steerd.model import Choice, Policy, Route, Target, UnixDaemon
 from steerd.wire.registry import PATTERNED
 
