@@ -9,7 +9,7 @@ import ipaddress
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from steerd import config
 from steerd.control import transfer
@@ -45,41 +45,40 @@ def alias(number: int) -> str:
     return str(PREFIX[number % ALIASES])
 
 
-def lines(size: int) -> Iterator[bytes]:
-    """Batches of an import."""
-    for first in range(0, size, _BATCH):
-        yield "\n".join(
-            json.dumps(
-                {
-                    "kind": "route",
-                    "service": "web",
-                    "when": {"http.host": name(number)},
-                    "target": [f"{alias(number)}:{PORT}"],
-                }
-            )
-            for number in range(first, min(first + _BATCH, size))
-        ).encode()
+def by_host(number: int) -> dict[str, object]:
+    """Route `number` as an import has it."""
+    return {"service": "web", "when": {"http.host": name(number)}, "target": [f"{alias(number)}:{PORT}"]}
 
 
-def fill(directory: str, size: int) -> float:
+Route = Callable[[int], dict[str, object]]
+
+
+def fill(directory: str, size: int, text: str | None = None, route: Route = by_host) -> float:
     """Make a registry in a directory, with so many routes; how many seconds the import took. In a process of its own,
-    whose memory is gone when it is done."""
+    whose memory is gone when it is done. `text`: the configuration; None: `body()`."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
-    importer = fork.Process(target=lambda: theirs.send(_import(directory, size)))
+    importer = fork.Process(target=lambda: theirs.send(_import(directory, size, text or body(), route)))
     importer.start()
+    theirs.close()  # so that its end is seen
     seconds: float = ours.recv()
     importer.join()
     return seconds
 
 
-def _import(directory: str, size: int) -> float:
-    batches = list(lines(size))
+def _import(directory: str, size: int, text: str, route: Route) -> float:
+    batches = list(_lines(size, route))
     registry = Registry(directory)
-    registry.publish(config.parse(body(), "bench"))
+    registry.publish(config.parse(text, "bench"))
     began = time.perf_counter()
     for batch in batches:
         transfer.load(registry, batch)
     seconds = time.perf_counter() - began
     registry.close()
     return seconds
+
+
+def _lines(size: int, route: Route) -> Iterator[bytes]:
+    for first in range(0, size, _BATCH):
+        numbers = range(first, min(first + _BATCH, size))
+        yield "\n".join(json.dumps({"kind": "route", **route(number)}) for number in numbers).encode()
