@@ -73,7 +73,7 @@ class Bench:
         self._gateways = {system: self.lab.gateway(system) for system in systems}
         steerd = self._gateways["late"]
         extended = self.lab.service(steerd, "extended", EXTENDED_PORT, "tcp") + EXTENDED
-        self.lab.steerd(steerd, _routes(choice, self.lab.size) + extended)
+        self.lab.steerd(steerd, routes(choice, self.lab.size) + extended)
         self.lab.translate(self._gateways["dnat"])
         for system, start in (("haproxy", peers.haproxy), ("nginx", peers.nginx), ("sslh", peers.sslh)):
             if system in systems:
@@ -154,8 +154,8 @@ def charts(throughput: Rounds, latency: Mapping[int, Rounds], systems: Sequence[
     ]
 
 
-def _routes(choice: Choice, size: int) -> str:
-    """The rest of steerd's service: a route for each name."""
+def routes(choice: Choice, size: int) -> str:
+    """The rest of steerd's service, in TOML: a route for each name."""
     key = _KEY[choice]
     text = f'inspect = ["{key.partition(".")[0]}"]\n'
     for number in range(size):

@@ -55,6 +55,9 @@ ALIAS_PORT = 8080
 # A round takes a second; one that takes so long has failed.
 ROUND_SECONDS = 30
 MAX_VOID = 3
+HOLD_SECONDS = 60
+# What a client says by its status.
+WRONG_DAEMON = 3
 PARTS = 2
 ENOUGH_CORES = 2 * PARTS
 # The last FINs have passed, and what they leave behind can be thrown away.
@@ -198,6 +201,25 @@ class Exchange(NamedTuple):
     p99_us: float
 
 
+class Held:
+    """Connections that stay open until `release`."""
+
+    def __init__(self, process: subprocess.Popen[str], count: int, seconds: float) -> None:
+        self._process = process
+        self.count = count
+        self.seconds = seconds
+        """... that it took to open them."""
+
+    def still_there(self) -> int:
+        """Have a byte come back on each of them; on how many it did."""
+        _tell(self._process)
+        return int(_line(self._process))
+
+    def release(self) -> None:
+        """Reset them all."""
+        _end(self._process)
+
+
 _K = TypeVar("_K", bound=Named)
 _R = TypeVar("_R")
 
@@ -205,9 +227,16 @@ _R = TypeVar("_R")
 class Lab:
     """The hosts and programs of one run; closed by the stack it is given."""
 
-    def __init__(self, stack: ExitStack, runs: Sequence[Run], programs: Programs = Programs()) -> None:  # noqa: B008
-        """`runs`: the daemons on every gateway, from alias 0 on without a gap."""
+    def __init__(
+        self,
+        stack: ExitStack,
+        runs: Sequence[Run],
+        programs: Programs = Programs(),  # noqa: B008
+        servers: int = PARTS,
+    ) -> None:
+        """`runs`: the daemons on every gateway, from alias 0 on without a gap, in so many server processes."""
         self._stack = stack
+        self._servers = servers
         self._who = programs
         self.runs = runs
         self.size = sum(run.size for run in runs)
@@ -264,7 +293,7 @@ class Lab:
         )
         with host.entered():
             aliases.reconcile([_pool(self.size)])
-        gateway.servers = [self._serve(gateway, part) for part in range(PARTS)]
+        gateway.servers = [self._serve(gateway, part) for part in range(self._servers)]
         return gateway
 
     def _serve(self, gateway: Gateway, part: int) -> subprocess.Popen[str]:
@@ -272,7 +301,7 @@ class Lab:
         arguments: list[str] = []
         listening = 0
         for run in self.runs:
-            begin, end = (run.first + run.size * n // PARTS for n in (part, part + 1))
+            begin, end = (run.first + run.size * n // self._servers for n in (part, part + 1))
             for first in FIRST_ALIAS.values():
                 arguments += [run.what, str(run.request), str(ipaddress.ip_address(first) + begin), str(end - begin)]
                 listening += end - begin
@@ -288,7 +317,7 @@ class Lab:
             name=name, endpoint4=gateway.endpoint[4], endpoint6=gateway.endpoint[6], port=port, protocol=protocol
         )
 
-    def steerd(self, gateway: Gateway, service: str, head: str | None = None) -> None:
+    def steerd(self, gateway: Gateway, service: str, head: str | None = None, workers: int = PARTS) -> None:
         """steerd on a gateway; `service`: the rest of its service's configuration, in TOML, behind `head`, or behind a
         TCP endpoint."""
         head = self.service(gateway, "everything", ENDPOINT_PORT, "tcp") if head is None else head
@@ -296,7 +325,7 @@ class Lab:
         config.write_text(
             STEERD.format(
                 directory=gateway.directory,
-                workers=PARTS,
+                workers=workers,
                 size=self.size,
             )
             + head
@@ -404,6 +433,20 @@ class Lab:
         used = sum(after[name] - before[name] for name in after if not name.startswith("machine")) + user + system
         return Bulk(size * 8 / (end - start), used * 1e3 / (size / 1e6))
 
+    def hold(self, way: Way, run: Run, count: int, parallel: int) -> Held:
+        """Open so many connections to the daemons of a run (each is checked), and keep them open; the lab's program
+        `load` must be "hold". Raises VoidRoundError if one fails."""
+        process = self._client(self._who.load, way, count, first=run.first, daemons=run.size, count=count,
+                               parallel=parallel, seconds=HOLD_SECONDS)  # fmt: skip
+        _tell(process)
+        words = _line(process).split()
+        if process.poll() == WRONG_DAEMON:
+            raise SystemExit("bench: a connection was answered by the wrong daemon")
+        if not words or int(words[1]):
+            _end(process)
+            raise VoidRoundError(f"{words[1] if words else 'all'} of {count} connections failed")
+        return Held(process, count, float(words[3]) - float(words[2]))
+
     def packets(self, way: Way, run: Run, size: int, flows: int) -> Packets:
         """Datagrams of so many bytes on established flows, there and back in bursts, everybody on one core."""
         process = self._client(
@@ -507,18 +550,23 @@ def _pool(size: int) -> Pool:
 def _go(processes: list[subprocess.Popen[str]]) -> list[list[str]]:
     """Have clients that are ready run together; the words of the line that each ends with."""
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+        _tell(process)
     results = [_line(process).split() for process in processes]
     statuses = [process.wait() for process in processes]
     for process in processes:
         _end(process)
-    if 3 in statuses:
+    if WRONG_DAEMON in statuses:
         raise SystemExit("bench: a connection was answered by the wrong daemon")
     if any(statuses):
         raise VoidRoundError("a client gave up")
     return results
+
+
+def _tell(process: subprocess.Popen[str]) -> None:
+    """The word that a program waits for."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def _times(pid: str) -> tuple[float, float]:

@@ -43,7 +43,7 @@ Name = Callable[[int], str]
 _HAPROXY = """\
 global
     nbthread {threads}
-    maxconn 3000
+    maxconn {connections}
     tune.pipesize 1048576
 defaults
     mode tcp
@@ -128,9 +128,9 @@ def by_port(number: int) -> str:
     return str(FIRST_TRANSLATED_PORT + number)
 
 
-def haproxy(lab: Lab, gateway: Gateway, choice: Choice, name: Name) -> None:
-    """HAProxy on a gateway. Returns once it listens."""
-    text = _HAPROXY.format(threads=PARTS)
+def haproxy(lab: Lab, gateway: Gateway, choice: Choice, name: Name, connections: int = 3000) -> None:
+    """HAProxy on a gateway, for so many connections at a time. Returns once it listens."""
+    text = _HAPROXY.format(threads=PARTS, connections=connections)
     for version in FIRST_ALIAS:
         names = gateway.directory / f"names{version}"
         names.write_text("".join(f"{name(i)} daemon_{version}_{i}\n" for i in range(lab.size)))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -108,9 +109,9 @@ def tally(process: subprocess.Popen[str]) -> tuple[int, ...]:
     return tuple(map(int, process.communicate(timeout=120)[0].split()))
 
 
-@pytest.fixture
-def flooded(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
-    """A gateway with the limits that it has if nobody says anything about them."""
+@contextmanager
+def open_to_strangers(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
+    """A gateway with the limits that it has if nobody says anything about them, and a client that can be anybody."""
     with gateway(new_host) as lab:
         lab.client.sh(
             "ip route add local 198.18.0.0/15 dev lo; ip -6 route add local fd00:e::/32 dev lo;"
@@ -125,6 +126,12 @@ def flooded(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
         lab.configure("[pools.tenants]" + services)
         lab.start()
         lab.respond(("10.64.1.0", HOSTS, 8080), ("fd00:64::1:0", HOSTS, 8080))
+        yield lab
+
+
+@pytest.fixture
+def flooded(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
+    with open_to_strangers(new_host) as lab:
         yield lab
 
 
