@@ -222,22 +222,40 @@ class Server:
     """A process with a worker, which measures what it is told to."""
 
     def __init__(self, stack: ExitStack, text: str, routes: int) -> None:
-        self._directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="steerd-bench-"))
-        registries.fill(self._directory, routes, text, _route)
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="steerd-bench-"))
+        registries.fill(directory, routes, text, _route)
+        self._start(stack, directory, max(1, routes // len(WITH_ROUTES)))
+
+    def _start(self, stack: ExitStack, directory: str, each: int) -> None:
+        self._directory, self._each = directory, each
         self._pipe, theirs = _fork.Pipe()
-        process = _fork.Process(target=_serve, args=(self._directory, max(1, routes // len(WITH_ROUTES)), theirs))
+        process = _fork.Process(target=_serve, args=(directory, each, theirs))
         process.start()
         theirs.close()  # so that its end is seen
         stack.callback(process.join)
         stack.callback(process.kill)
 
+    def another(self, stack: ExitStack) -> Server:
+        """One more process, with the same registry."""
+        more = Server.__new__(Server)
+        more._start(stack, self._directory, self._each)
+        return more
+
     def ask(self, name: str) -> float:
         """Microseconds a decision, of a kind or of `tcp-PARSER`."""
+        self.order(name)
+        return self.answer()
+
+    def order(self, name: str) -> None:
+        """Have it begin."""
         self._pipe.send(name)
+
+    def answer(self) -> float:
+        """What came of it."""
         try:
             found: float = self._pipe.recv()
         except EOFError as error:
-            raise SystemExit(f"bench: the process that was to measure {name} has ended") from error
+            raise SystemExit("bench: a process that was to measure decisions has ended") from error
         return found
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from steerd.telemetry.counters import Counters, Extra
 from tests.bench import memory, report
-from tests.bench.scenario import Bar, Chart, Goal, Result, Spread, rounds_of, spread
+from tests.bench.scenario import Bar, Chart, Goal, Result, Spread, count_of, rounds_of, spread
 from tests.netns.gateway import Gateway
 from tests.netns.lab import Host
 from tests.netns.test_late_failure import clients, entries, open_to_strangers, start_floods, tally
@@ -39,7 +39,7 @@ LABELS = {
     "piece": "beginnings of requests",
 }
 ROUNDS = rounds_of(3)
-GOOD = 500
+GOOD = count_of(500)
 """Of each family."""
 WATCHED_SECONDS = 3.0
 _ON_SECONDS = 1.0

@@ -47,18 +47,18 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: " + NAME_TEMPLATE + b"\r\nUser-Agent: bench\
 DAEMONS = Run("echo", len(REQUEST), first=0, size=256)
 CONNECTIONS = count_of(9_000)
 PARALLEL = 64
-ROUNDS = rounds_of(5)
+ROUNDS = rounds_of(3)
 IDLE_SECONDS = 1.0 if is_quick() else 5.0
 SETTLE_SECONDS = 2.0
 SYSTEMS = ("late", "dnat", "haproxy", "straight")
-_AT = REQUEST.index(NAME_TEMPLATE) + NAME_TEMPLATE.index(b"000")
+REQUEST_AT = REQUEST.index(NAME_TEMPLATE) + NAME_TEMPLATE.index(b"000")
 
 
 def way(gateway: Gateway, system: str, version: int = 4) -> Way:
     """How clients ask on the gateway of a system."""
     by_system = {"dnat": (FIRST_TRANSLATED_PORT, DAEMONS.size), "straight": (ALIAS_PORT, 1)}
     port, ports = by_system.get(system, (ENDPOINT_PORT, 1))
-    return Way(gateway, version, port, ports, request=REQUEST, request_at=_AT)
+    return Way(gateway, version, port, ports, request=REQUEST, request_at=REQUEST_AT)
 
 
 class Kind(NamedTuple):

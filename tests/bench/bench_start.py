@@ -35,7 +35,7 @@ from tests.netns.gateway import ENDPOINT4, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 
 ROUTES = 1_000_000
-ROUNDS = rounds_of(7)
+ROUNDS = rounds_of(5)
 ALLOWED_S = {"cold": 3.0, "killed": 1.0, "restarted": 1.0}
 WAYS = ("cold", "killed", "restarted")
 _PATIENCE = 60
