@@ -236,7 +236,10 @@ def test_flows_as_lines(api: Served, machine: Machine) -> None:
     assert by_port["6"]["when"] == {"http.host": "out.example"}
     assert (by_port["9"]["lease"], by_port["9"]["when"]) == ("alice", {"http.host": "alice.example"})
     assert machine.asked == [b""]
-    assert len(steerctl(api, "--json", "--limit", "3")[1].splitlines()) == 3
+    for limit, shown in (("3", 3), (str(2**63 - 1), len(lines))):
+        assert len(steerctl(api, "--json", "--limit", limit)[1].splitlines()) == shown
+    with pytest.raises(SteerdError, match="9223372036854775807"):
+        steerctl(api, "--json", "--limit", str(2**63))
     steerctl(api, "--json", "--target", "10.64.0.1:80")
     assert machine.asked[-1] == ipaddress.ip_address("10.64.0.1").packed
 

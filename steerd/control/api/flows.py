@@ -32,7 +32,7 @@ class FlowQuery(Struct, frozen=True, forbid_unknown_fields=True):
     target: str | None = None
     lease: str | None = None
     over: bool = False
-    limit: Annotated[int, Meta(ge=1)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
 
 
 class KillQuery(Struct, frozen=True, forbid_unknown_fields=True):
