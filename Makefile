@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup setup-programs setup-bench setup-packages deb wheel man lock test-packages test-matrix test-long demo test lint unit netns test-vm bench bench-plots clean
+.PHONY: help setup compiled setup-programs setup-bench setup-packages deb wheel man lock test-packages test-matrix test-long demo test lint unit netns test-vm bench bench-plots clean
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
@@ -64,19 +64,23 @@ lint: setup
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit tests/property
 
-netns: setup-programs
+# So that not every process of a test, under emulation least of all, compiles what it imports: root writes no byte code.
+compiled: setup
+	@$(PYTHON) -m compileall -q steerd tests
+
+netns: setup-programs compiled
 	$(AS_ROOT) $(PYTHON) -m pytest -q tests/netns
 
-test-long: setup-programs
+test-long: setup-programs compiled
 	$(AS_ROOT) env STEERD_LONG=1 $(PYTHON) -m pytest -q --timeout 3600 tests/netns/test_late_transfers.py tests/netns/test_reload.py
 
-test-vm: setup
+test-vm: compiled
 	$(AS_ROOT) $(if $(KERNEL),KERNEL=$(KERNEL)) tests/vm/pytest
 
 test-packages: setup-packages
 	$(AS_ROOT) $(PYTHON) -m pytest -q tests/packages
 
-test-matrix: setup
+test-matrix: compiled
 	$(AS_ROOT) tests/vm/matrix
 
 bench: setup-bench
