@@ -34,7 +34,8 @@ class RelayProcess:
         return answer
 
     def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        # What comes behind the last line end is being written now.
+        return [json.loads(line) for line in self._log.read_text().split("\n")[:-1]]
 
     def descriptors(self) -> int:
         return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
@@ -46,6 +47,12 @@ class RelayProcess:
     def cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def rests(self) -> bool:
+        """Whether it takes next to no CPU for a while."""
+        before = self.cpu_seconds()
+        time.sleep(0.3)
+        return self.cpu_seconds() - before < 0.05
 
     def let_go(self) -> None:
         """What the end of the main process does."""
@@ -60,7 +67,7 @@ class RelayProcess:
                 stream.close()
 
 
-def wait(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+def wait(condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not reached: {what}"

@@ -140,7 +140,7 @@ def ask(lab: Gateway, method: str, url: str, body: object = None, at: str = "api
 def served(lab: Gateway, address: str, port: int = 80) -> str:
     """What the daemon says that answers for http://a.example/."""
     with lab.client.entered():
-        client = socket.create_connection((address, port), timeout=60)
+        client = socket.create_connection((address, port), timeout=240)
     with client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
         line = client.recv(4096)

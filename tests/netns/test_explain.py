@@ -43,7 +43,7 @@ def test_a_live_capture_says_where_connections_went(lab: Gateway) -> None:
         assert capture.stderr.readline() == "Looking for 300 s at what arrives; Ctrl-C ends it earlier.\n"
         answers = [ask(lab, "a.example", 4), ask(lab, "b.example", 6), lab.ask(Extension(3, 0), 80)]
         capture.send_signal(signal.SIGINT)
-        out, err = capture.communicate(timeout=60)
+        out, err = capture.communicate(timeout=240)
     assert (capture.returncode, err) == (0, "")
     told = json.loads(out)
     assert told["note"].startswith(f"By the registry in {lab.directory}/state: ")

@@ -111,7 +111,7 @@ def install(lab: Gateway, *arguments: str) -> tuple[int, str]:
     command = lab.host.command(
         str(ROOT / "nft" / "install.sh"), "--queues", "2", "--run-dir", str(lab.directory / "run"), *arguments
     )
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.stderr == ""
     return done.returncode, done.stdout
 
@@ -210,7 +210,7 @@ def test_what_status_says_of_a_chain(new_host: Callable[[str], Host], rules: str
         f" chain incoming {{ type filter hook input priority 0; {rules}; }}; }}'"
     )
     command = host.command(str(ROOT / "nft" / "install.sh"), "--status", "--no-sysctl")
-    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240).stdout
     assert ("    nft insert rule inet mine incoming ct status dnat accept\n" in said) == drops, said
 
 

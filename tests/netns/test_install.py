@@ -81,7 +81,7 @@ def install(host: Host, *arguments: str) -> str:
 def tried(host: Host, *arguments: str) -> tuple[int, str, str]:
     # Sysctls have a file of their own, test_sysctls.py. Here they would only put old values into the machine's /run.
     command = host.command(str(INSTALL), "--no-sysctl", *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -119,7 +119,9 @@ def test_check_fails_where_the_kernel_would(host: Host, tmp_path: Path) -> None:
     (tmp_path / "steerd.nft").write_text(template.replace("\tchain steer {", "\tchain steer { frobnicate;", 1))
     before = rules(host)
     for action in (["--check"], ["--run-dir", str(tmp_path / "run")]):
-        done = subprocess.run(host.command(str(copy), *action), capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            host.command(str(copy), *action), capture_output=True, text=True, check=False, timeout=200
+        )
         assert done.returncode == 1
         assert "frobnicate" in done.stderr
         assert done.stdout == ""
@@ -251,7 +253,7 @@ def test_uninstall_on_a_host_without_other_rules(new_host: Callable[[str], Host]
 )  # fmt: skip
 def test_bad_arguments_are_a_sentence(arguments: tuple[str, ...], said: str) -> None:
     done = subprocess.run(
-        [str(INSTALL), "--print", *arguments], capture_output=True, text=True, check=False, timeout=60
+        [str(INSTALL), "--print", *arguments], capture_output=True, text=True, check=False, timeout=240
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == f"install.sh: {said}"

@@ -50,7 +50,7 @@ def values(host: Host, *names: str) -> list[int]:
 def tried(host: Host, run_dir: Path, *arguments: str, nft: Path = NFT) -> tuple[int, list[str], str]:
     """Exit status, lines of standard output without the last one (about the table), and standard error."""
     command = host.command(str(nft / "install.sh"), "--run-dir", str(run_dir), *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     lines = done.stdout.splitlines()
     return done.returncode, lines[:-1] if done.returncode == 0 else lines, done.stderr
 

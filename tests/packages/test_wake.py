@@ -89,7 +89,7 @@ def machine() -> Iterator[Machine]:
 
 def test_units_are_started_and_stopped_by_leave_of_polkit(machine: Machine) -> None:
     lab = machine.lab
-    more = "sleep_after = 1\nwake_timeout = 5"
+    more = "sleep_after = 1\nwake_timeout = 30"
     machine.configure(more, wake='"unit:tenant@{index}.service"', gateway="timeouts = { time_wait = 1, close = 1 }")
     lab.config.write_text(lab.config.read_text().replace('user = "root"\n', ""))
     lab.expected_warnings = ["a daemon cannot be woken", "daemon ended before it listened"]
@@ -111,14 +111,14 @@ def test_units_are_started_and_stopped_by_leave_of_polkit(machine: Machine) -> N
         assert refused.returncode and ("authentication" in refused.stderr or "denied" in refused.stderr), refused.stderr
     assert as_steerd(machine, "RestartUnit", "tenant@1.service").returncode, "started and stopped, and nothing else"
 
-    lab.wait(lambda: machine.state(1) == "inactive" == machine.state(2), "they are put to sleep", 60)
+    lab.wait(lambda: machine.state(1) == "inactive" == machine.state(2), "they are put to sleep")
     assert machine.late(2, 6) == named(2, 6, "unit")
     lab.kill()
     machine.start()
     assert machine.state(2) == "active"
     assert machine.late(2, 4) == named(2, 4, "unit")
     assert [int(words[0]) for words in machine.starts()] == [1, 2, 2], "known again"
-    lab.wait(lambda: machine.state(2) == "inactive", "and put to sleep", 60)
+    lab.wait(lambda: machine.state(2) == "inactive", "and put to sleep")
 
 
 def as_steerd(machine: Machine, method: str, unit: str) -> subprocess.CompletedProcess[str]:

@@ -99,7 +99,7 @@ def test_check_as_a_process_of_its_own(good: str, bad: str) -> None:
     for file, expected in ((good, (0, "ok\n", "")), (bad, (2, "", mistakes(bad)))):
         command = [sys.executable, "-m", "steerd.cli.main", "check", file]
         Path(file).write_text((GOOD if expected[0] == 0 else BAD).format(directory=Path(file).parent))
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert (done.returncode, done.stdout, done.stderr) == expected
 
 

@@ -42,7 +42,7 @@ def settings_for(gateway: str = "") -> Settings:
 def printed(*arguments: str) -> str:
     """What `install.sh --print` says, which needs no root where it need not ask the kernel."""
     command = ["sh", str(TEMPLATE_PATH.parent / "install.sh"), "--print", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
