@@ -159,6 +159,8 @@ def _machine() -> dict[str, Any]:
         "memory_mb": int(memory.split()[1]) // 1024,
         "kernel": platform.release(),
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
+        # Of everybody that takes part; negative where others were using the machine meanwhile.
+        "niceness": os.nice(0),
     }
 
 

@@ -53,7 +53,7 @@ def test_the_page_says_which_goals_are_missed() -> None:
 
 def test_a_document_says_where_it_was_measured() -> None:
     found = results.document(RESULT)
-    assert {"cpu", "cores", "memory_mb", "kernel", "system"} == set(found["machine"])
+    assert {"cpu", "cores", "memory_mb", "kernel", "system", "niceness"} == set(found["machine"])
     assert {"python", "nft", "steerd"} <= set(found["versions"])
     assert found["date"].endswith("+00:00")
 
