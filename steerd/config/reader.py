@@ -115,6 +115,7 @@ class Reader:
 
 
 def parse_toml(text: str, file: str) -> dict[str, Any]:
+    """A file as TOML. Raises ConfigError, with the line as its key."""
     try:
         return tomllib.loads(text)
     except ValueError as error:
@@ -178,6 +179,7 @@ def shown(value: object) -> str:
 
 
 def join(path: str, key: str) -> str:
+    """A dotted key, and one more word behind it, in quotes where TOML wants them."""
     key = key if _NAME.fullmatch(key) else json.dumps(key)
     return f"{path}.{key}" if path else key
 
@@ -192,6 +194,7 @@ def instead(word: str, known: Iterable[str]) -> str:
 
 
 def check_name(kind: str, name: str, reader: Reader) -> None:
+    """Report the name of a pool or a service that cannot be used; `kind` is the table that holds it."""
     if not _NAME.fullmatch(name):
         reader.problem(
             join(kind, name), "Is not a usable name; up to 64 of the letters A-Z, a-z, 0-9, _ and - would be."

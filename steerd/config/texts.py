@@ -123,10 +123,12 @@ def _parse_port(text: str) -> int:
 
 
 def is_decimal(text: str) -> bool:
+    """Whether a text is a whole number of up to ten digits."""
     return re.fullmatch(r"[0-9]{1,10}", text) is not None
 
 
 def parse_network(text: str) -> IPNetwork:
+    """`198.51.100.0/24`, and no bit set behind the prefix length."""
     try:
         network = ipaddress.ip_network(text, strict=False)
     except ValueError:
@@ -139,6 +141,7 @@ def parse_network(text: str) -> IPNetwork:
 
 
 def parse_pool_prefix(text: str) -> IPNetwork:
+    """A prefix whose addresses can be aliases."""
     network = parse_network(text)
     if (kind := why_unusable(network)) is not None:
         raise ValueError(f"{network} is or holds {kind}; no alias can be there.")
@@ -168,6 +171,7 @@ def why_unusable(network: IPNetwork) -> str | None:
 
 
 def parse_source(text: str) -> IPAddress:
+    """An address that clients can come from."""
     address = parse_address(text)
     if (kind := why_unusable(ipaddress.ip_network(address))) is not None:
         raise ValueError(f"{address} is {kind}; no client comes from there.")
@@ -175,6 +179,7 @@ def parse_source(text: str) -> IPAddress:
 
 
 def parse_mark_bits(text: str) -> MarkLayout:
+    """`8-31`."""
     match = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", text)
     if match is None or not int(match[1]) < int(match[2]) < MARK_BITS:
         raise ValueError(f'Must be a range of bits of the packet mark such as "8-31", not {shown(text)}.')
@@ -185,12 +190,14 @@ def parse_mark_bits(text: str) -> MarkLayout:
 
 
 def parse_directory(text: str) -> str:
+    """An absolute path, or the path of a socket."""
     if not text.startswith("/") or "\0" in text:
         raise ValueError(f"Must be an absolute path, not {shown(text)}.")
     return text
 
 
 def parse_group(text: str) -> str:
+    """The name of a group."""
     if not _GROUP.fullmatch(text):
         raise ValueError(f"Must be the name of a group, not {shown(text)}.")
     return text

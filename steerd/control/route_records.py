@@ -95,6 +95,7 @@ class Entry(NamedTuple):
     """Where the key holds a digest."""
 
     def pack(self) -> bytes:
+        """As it stands in the table."""
         ipv4, ipv6 = self.ids.ipv4, self.ids.ipv6
         if self.usable4 and self.usable6:
             return _HEAD.pack(ipv4, ipv6, self.flags) + self.values
@@ -103,6 +104,7 @@ class Entry(NamedTuple):
 
     @classmethod
     def unpack(cls, value: bytes) -> Entry:
+        """Out of the table."""
         ipv4, ipv6, flags = _HEAD.unpack_from(value)
         if not flags & _UNUSABLE:
             return cls(TargetIds(ipv4, ipv6), flags, True, True, value[_HEAD.size :])

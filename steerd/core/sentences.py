@@ -71,6 +71,7 @@ def absent(state: int, protocol: int) -> str:
 
 
 def hashed(key: str, keys: Keys) -> str:
+    """What the hash of a choice is taken of."""
     if key == SOURCE:
         return "the hash of the client's address"
     if key in keys:
@@ -101,6 +102,7 @@ def route_shown(route: Route) -> str:
 
 
 def when(plan: ServicePlan, kind: Kind) -> str:
+    """At which packet this kind is decided."""
     match kind:
         case "syn":
             if plan.unextended is Reason.LATE:
@@ -114,6 +116,7 @@ def when(plan: ServicePlan, kind: Kind) -> str:
 
 
 def proxy_step(plan: ServicePlan, packet: Packet, kind: Kind, payloads: Sequence[bytes]) -> Iterator[Step]:
+    """What is made of a PROXY header, where the service reads one."""
     if plan.trusted_proxies is None or kind not in ("syn", "first") or not payloads:
         return
     address = ipaddress.ip_address(packet.src)
@@ -135,6 +138,7 @@ def proxy_step(plan: ServicePlan, packet: Packet, kind: Kind, payloads: Sequence
 
 
 def answer(said: Said, is_stream: bool, size: int, count: int) -> str:
+    """What a parser that was asked says: of a stream with `size` bytes, or of `count` datagrams."""
     if said.answer is Answer.NOT_MINE:
         return "NOT_MINE: another protocol, or malformed."
     if said.answer is not Answer.NEED_MORE:
@@ -153,6 +157,7 @@ def routes(
     looked_at_all: bool,
     written: Callable[[Target], UnixDaemon | Target],
 ) -> Iterator[Step]:
+    """Which routes match, in what order, and which nearly do."""
     if not plan.probes:
         yield Step("route", "The service has no routes.")
         return
@@ -173,6 +178,7 @@ def routes(
 
 
 def arithmetic(plan: ServicePlan, packet: Packet, extension: Extension, decision: Decision) -> Iterator[Step]:
+    """What extension_pool makes of the extension."""
     mapping = plan.mapping
     if mapping is None or not extension.dst:
         return
@@ -196,6 +202,7 @@ def outcome(
     matched: Sequence[Route],
     by_session: bool,
 ) -> Iterator[Step]:
+    """What is decided, why, and what the mark says then."""
     if decision is None:
         yield Step(
             "undecided",
@@ -302,5 +309,6 @@ def _steered(packet: Packet, kind: Kind, target: Target | None, count: int) -> I
 
 
 def address(packed: bytes, port: int) -> str:
+    """`10.64.0.1:80`, `[fd00:64::1]:80`."""
     host = ipaddress.ip_address(packed)
     return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"

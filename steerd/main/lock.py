@@ -19,6 +19,7 @@ class Lock(NamedTuple):
     reservation: queue.Reservation
 
     def release(self) -> None:
+        """Let another one run."""
         self.reservation.close()
         self.file.close()
 

@@ -36,10 +36,12 @@ class Workers:
 
     @property
     def count(self) -> int:
+        """How many there are to be."""
         return self._gateway.workers
 
     @property
     def are_all_bound(self) -> bool:
+        """Whether none is away now."""
         return len(self.bound) == self.count
 
     async def begun(self) -> None:
