@@ -43,6 +43,8 @@ GOOD = count_of(500)
 """Of each family."""
 WATCHED_SECONDS = 3.0
 _ON_SECONDS = 1.0
+# They are ended before.
+_LONG_ENOUGH = 150
 _ARRIVED = ("answered", "diverted", "over_strangers", "over_source", "over_total")
 
 
@@ -75,7 +77,7 @@ class Bench:
 
     def measure(self, kind: str) -> Watched:
         """A round under one kind of flood."""
-        floods = [] if kind == "none" else start_floods(self._lab, kind)
+        floods = [] if kind == "none" else start_floods(self._lab, kind, _LONG_ENOUGH)
         time.sleep(_ON_SECONDS)
         pids = {"workers": self._workers, "main": self._main, "generator": [str(each.pid) for each in floods]}
         cpu = {name: memory.cpu_seconds(each) for name, each in pids.items()}

@@ -1,6 +1,6 @@
 """Clients that complete their handshake and say nothing: what do 100,000 of them cost?
 
-Topology: tests/netns/gateway.py, with clients that have no sockets (tests/netns/bare.py), half of each family. Three
+Topology: tests/netns/gateway.py, with clients that have no sockets (tests/netns/bare.py), half of each family. Four
 times, each at a port of its own, and each beginning with what is there already:
 
 - *late*: a service that reads first payloads. Nobody should remember anything.
@@ -8,9 +8,13 @@ times, each at a port of its own, and each beginning with what is there already:
   (`pending.connections`); those beyond push out the oldest ones, which are served only if they speak after all. When
   `first_payload_timeout` is over, those that are left have their target.
 - *accepted*: for comparison, fewer of them at a program on the gateway that accepts every connection, behind conntrack.
+- *haproxy*: fewer of them at HAProxy, which waits for a first payload as its manual has it (`inspect-delay`), without
+  conntrack. It has no `defer-accept`, with which the kernel would ask these clients once more before HAProxy sees them:
+  they have no sockets, and would not answer.
 
-Memory is that of the workers (VmRSS), and of the kernel's objects for connections (/proc/slabinfo); the whole of the
-kernel's slab (/proc/meminfo) is told as well, and is coarser. All of it is the machine's: others must be quiet.
+Memory is that of the workers, and of HAProxy (VmRSS), and of the kernel's objects for connections (/proc/slabinfo); the
+whole of the kernel's slab (/proc/meminfo) is told as well, and is coarser. All of it is the machine's: others must be
+quiet.
 """
 
 from __future__ import annotations
@@ -26,16 +30,23 @@ from rich.console import Console
 from steerd.model import Reason
 from steerd.telemetry.counters import Counters, Extra
 from tests.bench.report import table
-from tests.bench.scenario import Result
+from tests.bench.scenario import Bar, Chart, Goal, Result, count_of
 from tests.netns import flood
 from tests.netns.gateway import ENDPOINT4, ENDPOINT6, Gateway, gateway
 from tests.netns.lab import Host
 
-SILENT = 100_000
-ACCEPTED = 16_000
+SILENT = count_of(100_000)
+ACCEPTED = count_of(16_000)
 """A process may have 20,000 files open on some machines."""
-PORTS = {"late": 80, "on_silence": 25, "accepted": 81}
+AT_HAPROXY = count_of(9_000)
+PORTS = {"late": 80, "on_silence": 25, "accepted": 81, "haproxy": 82}
 PATIENCE = 30
+LABELS = {
+    "late": "steerd",
+    "haproxy": "HAProxy",
+    "accepted": "a program that accepts",
+    "on_silence": "steerd, on_silence",
+}
 _SLABS = ("nf_conntrack", "TCP", "TCPv6", "request_sock_TCP", "request_sock_TCPv6", "sock_inode_cache")
 CONFIG = f"""
 [gateway.limits]
@@ -78,11 +89,36 @@ while True:
 """
 
 
+HAPROXY = f"""\
+global
+    nbthread 2
+    maxconn 9200
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+frontend silent
+    bind {ENDPOINT4}:82,[{ENDPOINT6}]:82 backlog 4096
+    tcp-request inspect-delay 60s
+    tcp-request content accept if HTTP
+    default_backend daemon
+backend daemon
+    server daemon 10.64.1.1:8080
+"""
+NOT_TRACKED = """
+table inet not_tracked {
+    chain received { type filter hook prerouting priority raw; tcp dport 82 notrack; }
+    chain sent { type filter hook output priority raw; tcp sport 82 notrack; }
+}
+"""
+
+
 class Memory(NamedTuple):
     """What is there at one moment."""
 
-    workers: int
-    """Bytes."""
+    programs: int
+    """Bytes of the workers and of HAProxy."""
     objects: int
     """Bytes of the kernel's connections: conntrack entries, sockets, half-open connections."""
     slab: int
@@ -97,10 +133,10 @@ class Memory(NamedTuple):
         return Memory(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-def _memory(lab: Gateway) -> Memory:
-    workers = [event["pid"] for event in lab.events() if event["event"] == "worker bound"]
+def _memory(lab: Gateway, haproxy: int) -> Memory:
+    pids = [haproxy, *(event["pid"] for event in lab.events() if event["event"] == "worker bound")]
     return Memory(
-        workers=sum(_kilobytes(Path(f"/proc/{pid}/status"), "VmRSS:") for pid in workers) * 1024,
+        programs=sum(_kilobytes(Path(f"/proc/{pid}/status"), "VmRSS:") for pid in pids) * 1024,
         objects=_objects(),
         slab=_kilobytes(Path("/proc/meminfo"), "Slab:") * 1024,
         entries=int(lab.host.sh("cat /proc/sys/net/netfilter/nf_conntrack_count")),
@@ -127,18 +163,18 @@ def _connect(lab: Gateway, port: int, count: int) -> None:
             raise SystemExit(f"bench: only {established} of {count // 2} handshakes were answered at port {port}")
 
 
-def _measure(lab: Gateway, what: str, count: int) -> dict[str, Any]:
-    before = _memory(lab)
+def _measure(lab: Gateway, haproxy: int, what: str, count: int) -> dict[str, Any]:
+    before = _memory(lab, haproxy)
     _connect(lab, PORTS[what], count)
-    cost = _memory(lab).since(before)
+    cost = _memory(lab, haproxy).since(before)
     return {
         "connections": count,
-        "workers_bytes": cost.workers,
+        "programs_bytes": cost.programs,
         "kernel_objects_bytes": cost.objects,
         "kernel_slab_bytes": cost.slab,
         "conntrack_entries": cost.entries,
         "upcalls": cost.upcalls,
-        "bytes_a_connection": round((cost.workers + cost.objects) / count, 1),
+        "bytes_a_connection": round((cost.programs + cost.objects) / count, 1),
     }
 
 
@@ -156,8 +192,8 @@ def _served(counters: Counters) -> dict[str, int]:
     }
 
 
-def _start(lab: Gateway) -> None:
-    """The daemon, what it steers to, and the program that accepts everything."""
+def _start(lab: Gateway) -> int:
+    """The daemon, what it steers to, the program that accepts everything, and HAProxy, whose process id it returns."""
     lab.allow_unasked = True  # these clients are none of the client's own
     lab.client.sh(f"nft -f - <<'RULES'\n{UNTRACKED}\nRULES")
     lab.host.sh(
@@ -170,10 +206,16 @@ def _start(lab: Gateway) -> None:
     for address in (ENDPOINT4, ENDPOINT6):
         acceptor = lab.spawn(lab.host, sys.executable, "-c", ACCEPTOR, address)
         assert acceptor.stdout is not None and acceptor.stdout.readline() == "listening\n"
+    lab.host.sh(f"nft -f - <<'RULES'\n{NOT_TRACKED}\nRULES")
+    config = lab.directory / "haproxy"
+    config.write_text(HAPROXY)
+    haproxy = lab.spawn(lab.host, "haproxy", "-db", "-q", "-f", str(config))
+    lab.wait(lambda: ":82" in lab.host.sh("ss -Hltn sport = :82"), "HAProxy listens")
+    return haproxy.pid
 
 
 def run(console: Console) -> Result:
-    """All three in turn; a minute and a half."""
+    """All four in turn; a minute and a half."""
     with ExitStack() as stack:
 
         def new_host(role: str) -> Host:
@@ -182,14 +224,12 @@ def run(console: Console) -> Result:
             return host
 
         lab = stack.enter_context(gateway(new_host))
-        _start(lab)
-        figures = {
-            what: _measure(lab, what, count)
-            for what, count in (("late", SILENT), ("accepted", ACCEPTED), ("on_silence", SILENT))
-        }
+        haproxy = _start(lab)
+        counts = {"late": SILENT, "haproxy": AT_HAPROXY, "accepted": ACCEPTED, "on_silence": SILENT}
+        figures = {what: _measure(lab, haproxy, what, count) for what, count in counts.items()}
         counters = Counters.open(lab.directory / "run" / "counters")
         figures["on_silence"] |= _served(counters)
-    shown = table(f"what silent connections cost, in bytes ({SILENT:,} of them; {ACCEPTED:,} accepted)", "", *figures)
+    shown = table("what silent connections cost, in bytes", "", *figures)
     for name in figures["late"]:
         shown.add_row(name, *(f"{each[name]:,}" for each in figures.values()))
     console.print(shown)
@@ -198,9 +238,20 @@ def run(console: Console) -> Result:
         f"on_silence: {silence['remembered']:,} remembered, {silence['pushed_out']:,} pushed out,"
         f" {silence['served_at_last']:,} served when their time was over"
     )
-    accepted = figures["accepted"]["bytes_a_connection"]
     ratios = {
-        f"{what}_memory/accepted": round(figures[what]["bytes_a_connection"] / accepted, 4)
+        f"{what}_memory/{theirs}": figures[what]["bytes_a_connection"] / figures[theirs]["bytes_a_connection"]
         for what in ("late", "on_silence")
+        for theirs in ("haproxy", "accepted")
     }
-    return Result("silent", ratios, figures)
+    bars = [
+        Bar(LABELS[what], found["bytes_a_connection"] / 100, ours=what in ("late", "on_silence"))
+        for what, found in figures.items()
+    ]
+    title = "Memory for 10,000 silent connections at the gateway in MB (less is better)"
+    return Result(
+        "silent",
+        ratios,
+        figures,
+        [Goal("late_memory/haproxy", 0.05, at_least=False)],
+        [Chart("memory", title, bars)],
+    )

@@ -159,9 +159,9 @@ def watch(lab: Gateway, seconds: float) -> Watched:
     return Watched(time.monotonic() - began, cpu, {name: after[name] - before[name] for name in after})
 
 
-def start_floods(lab: Gateway, kind: str) -> list[subprocess.Popen[str]]:
+def start_floods(lab: Gateway, kind: str, seconds: int = FLOOD_SECONDS) -> list[subprocess.Popen[str]]:
     """One of each family."""
-    packets = f"{FLOOD_RATE * FLOOD_SECONDS}"
+    packets = f"{FLOOD_RATE * seconds}"
     floods = [
         lab.spawn(lab.client, sys.executable, "-m", "tests.netns.flood", packets, f"{FLOOD_RATE}", kind, version, "80")
         for version in ("4", "6")
