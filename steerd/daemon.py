@@ -33,6 +33,7 @@ from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.nftables import Nftables
 from steerd.main.aliases import Aliases
 from steerd.main.announcer import Announcer
+from steerd.main.epochs import Epochs
 from steerd.main.liveness import Liveness
 from steerd.main.lock import take_lock
 from steerd.main.machine import Machine
@@ -90,14 +91,18 @@ class Daemon:
             self._config = config = configuration.load(config.file, self._registry.relays.seats())
         self._counters = Counters.create(Path(gateway.run_dir) / "counters", gateway.workers)
         self._aliases = Aliases(self._in_force, self._log)
-        self._table = Table(self._in_force, self._counters, self._log)
+        self._epochs = Epochs(self._counters, self._log)
+        self._registry.on_answers_changed(self._epochs.begin)
+        self._table = Table(self._in_force, self._counters, self._epochs, self._log)
         self._relay = Keeper(self._log)
         self._liveness = Liveness(self._states)
         self._waker = Waker(config, self._registry.reader(), self._log)
         self._claims = Collector(gateway.run_dir, self._registry.sessions)
         self._workers = Workers(gateway, self._counters, self._registry, self._log)
         self._reloader = Reloader(self._in_force, self._put_in_force, self._registry, self._announcer, self._log)
-        self._machine = Machine(self._in_force, self._counters, self._states, self._workers, self._reloader, self._log)
+        self._machine = Machine(
+            self._in_force, self._counters, self._states, self._epochs, self._workers, self._reloader, self._log
+        )
         self._machine.set_log(_log_switch(config))
         self._api = Api(
             Context(self._registry, self._machine),
@@ -169,6 +174,8 @@ class Daemon:
         if self._monitor is not None:
             await self._monitor.stop()
         await self._collect_claims()
+        # What the kernel could decide by itself waits, too, until somebody looks after the table again.
+        self._epochs.begin()
         for task in done - {stop}:
             task.result()
         self._log.info("stopped", left="table and aliases (remove them with: steerd down)")

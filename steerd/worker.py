@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -34,6 +35,7 @@ from steerd.kernel.queue import DROP, Queue, QueuedPacket, Ruling, Verdict
 from steerd.kernel.ruleset import datagram_elements, target_elements
 from steerd.late import TICK_SECONDS, Late
 from steerd.model import UDP, Outcome, Reason
+from steerd.offload import Offload
 from steerd.orders import READY, WorkerSettings
 from steerd.record import Record
 from steerd.telemetry import logs
@@ -84,6 +86,7 @@ class Worker:
             settings.queue_length,
             doorbell,
         )
+        self._offload = Offload(self._counters, settings.index, self._nftables)
         self._refresh()
         self._queue = self._bind()
         self._waiting = False
@@ -119,6 +122,7 @@ class Worker:
         self._late.refresh(self._engine, self._mark, plan.pending, handshake.measure())
         self._datagram.refresh(self._engine, plan.pending)
         self._record.refresh(self._engine)
+        self._offload.refresh(self._engine, self._mark, plan.numbers)
         self._loaded: set[int] = set()
         self._waking = plan.waking
         # Of those that are loaded: whose daemon may be asleep, with the target's port, and how long it is waited for.
@@ -234,6 +238,13 @@ class Worker:
         decision = self._settle(packet, self._engine.decide_syn(packet))
         match decision.outcome:
             case Outcome.STEER:
+                # Behind the verdict: the client waits for that.
+                if (
+                    not queued.mark & self._clear
+                    and self._is_awake(decision.target_id)
+                    and self._offload.wants(packet)
+                ):
+                    self._tasks.append(partial(self._offload.tell, packet, self._keep_up, self._is_awake))
                 return Verdict(decision.target_id)
             case Outcome.PASS:
                 return Verdict(PASS_ID)
@@ -262,6 +273,10 @@ class Worker:
                 decision = self._load_datagram(decision, packet.dport)
         self._record.decision(packet, decision)
         return decision
+
+    def _is_awake(self, target_id: int) -> bool:
+        """Whether a target is in the kernel's maps, and never asleep."""
+        return target_id in self._loaded and target_id not in self._sleepy
 
     def _door_of(self, packet: wire.Packet, target_id: int) -> tuple[Door, float]:
         port, timeout = self._sleepy[target_id]

@@ -184,6 +184,7 @@ class DrainTable:
     def _mark_again(self) -> None:
         with self._store.env.begin() as txn:
             self._mark(txn, self._arithmetic)
+        self._store.on_answers_changed()
 
     def _mark(self, txn: lmdb.Transaction[bytes], arithmetic: list[_Arithmetic]) -> None:
         """Let states say of every id what drains say."""

@@ -85,6 +85,10 @@ class Registry:
     def close(self) -> None:
         self._store.close()
 
+    def on_answers_changed(self, call: Callable[[], None]) -> None:
+        """As Store.on_answers_changed: `call` may raise SteerdError, which whoever changed something hears of."""
+        self._store.on_answers_changed = call
+
     @property
     def lock(self) -> threading.RLock:
         """Held by whoever changes something in several steps."""

@@ -81,6 +81,7 @@ from steerd.core.router import (
 )
 from steerd.errors import ConfigError, RegistryError, RequestError
 from steerd.model import Choice, Route, Target
+from steerd.wire import portext
 from steerd.wire.registry import PATTERNED, check_patterns
 
 _BEHIND_STATIC = 1 << 62
@@ -134,6 +135,7 @@ class RouteTable:
         self._touched: set[KnownShape] = set()
         self._more_uses: Counter[bytes] = Counter()
         self._plan_is_stale = False
+        self._answers_changed = False
         self._ties = Ties()
         self._load()
 
@@ -151,12 +153,16 @@ class RouteTable:
             except BaseException:
                 self._load()
                 raise
+            changed = self._answers_changed
             self._begin()
+            if changed:
+                self._store.on_answers_changed()
 
     def _begin(self) -> None:
         self._touched.clear()
         self._more_uses.clear()
         self._plan_is_stale = False
+        self._answers_changed = False
         self._ties.clear()
 
     def _load(self) -> None:
@@ -222,6 +228,7 @@ class RouteTable:
         self._replace_static(txn, entries)
         self._look_at_targets(txn, force)
         self._plan_is_stale = False
+        self._answers_changed = True
 
         def took_effect() -> None:
             self._force = force
@@ -443,12 +450,14 @@ class RouteTable:
             for group in group_keys(entry.ids) if route.choice is not None else ():
                 self._more_uses[group] += 1
         txn.put(key, entry.pack(), db=self._dynamic)
+        self._note_change(shape)
         return "added" if old is None else "changed", key
 
     def delete(self, txn: lmdb.Transaction[bytes], key: bytes) -> None:
         """Take the dynamic route at a key away."""
         known, entry = self._at(txn, key)
         txn.delete(key, db=self._dynamic)
+        self._note_change(known.shape)
         self._count(known, -1)
         self._ties.route_gone()
         if not entry.flags & LEASE:
@@ -603,6 +612,11 @@ class RouteTable:
             self._plan_is_stale = True
         if known.is_patterned:
             self._plan_is_stale = True
+
+    def _note_change(self, shape: Shape) -> None:
+        """A route of this shape has come, gone or changed: does it match where nothing but an extension is known?"""
+        if all(part.key in portext.KEYS for part in shape.parts):
+            self._answers_changed = True
 
     def _use(self, txn: lmdb.Transaction[bytes], entry: Entry, more: int) -> None:
         for target, _ in self._leads_to(txn, entry):

@@ -90,6 +90,9 @@ class Store:
         """Held by whoever writes. Values that must change together with what is written are changed under it."""
         self.on_new_ids: Callable[[Block, int, IdBlock], None] = lambda _block, _port, _ids: None
         """Is told of ids that are given for the first time, while the transaction that gives them is under way."""
+        self.on_answers_changed: Callable[[], None] = lambda: None
+        """Is called under the lock when a change is in force, for workers, that answers to extensions may depend on
+        (core.offload), before anybody is told so."""
         meta = self.env.open_db(b"meta")
         with self.env.begin(write=True) as txn:
             schema = txn.get(b"schema", db=meta)

@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from steerd.core import offload
 from steerd.core.choice import GROUP, Chooser, no_group
 from steerd.core.pending import Limits, Patience
 from steerd.core.router import Probe, lookup, matches
@@ -201,6 +202,7 @@ class _Service(NamedTuple):
     """Of `plan.trusted_proxies`: bytes of an address, how many low bits do not count, and the others."""
     datagram_inspectors: list[tuple[str, InspectDatagrams, bool]]
     decides_every_datagram: bool
+    decides_by_extension: bool
 
 
 def no_session(_service: str, _session_id: str) -> Session | None:
@@ -254,6 +256,7 @@ class Engine:
                 _trusted(service.trusted_proxies),
                 [_datagram_inspector(parser, watch) for parser in service.datagram_parsers],
                 any(DATAGRAMS[parser.name].every for parser in service.datagram_parsers),
+                offload.decides_by_extension(service.probes, service.sessions),
             )
             for service in plan.services
         ]
@@ -332,6 +335,24 @@ class Engine:
         if packet.protocol == UDP and decision.outcome in (Outcome.RESET, Outcome.ALERT):
             return decision._replace(outcome=Outcome.DROP)
         return decision
+
+    def lasting_target(self, packet: Packet) -> int:
+        """Where `decide_syn` steers this SYN, and every other one to the same endpoint that has the same destination
+        extension and no data, until something is changed (core.offload); NO_TARGET if more than that decides."""
+        service = self._service_at(packet)
+        if service is None or not service.decides_by_extension or packet.payload:
+            return NO_TARGET
+        plan = service.plan
+        extension, _ = self._extension(service, packet)
+        if not extension.dst:
+            return NO_TARGET
+        target_id = NO_TARGET
+        entry = lookup(plan.probes, portext.keys(extension, packet.dport), packet.src, self._get)
+        if entry is not None:
+            target_id = int.from_bytes(entry[:4] if packet.version == 4 else entry[4:8], "big")
+        elif plan.mapping is not None:
+            target_id = plan.mapping.target_id(extension, packet.dport, packet.version)
+        return NO_TARGET if target_id >= GROUP or self._state(target_id) & DRAINED else target_id
 
     def route_of(self, packet: Packet, decision: Decision) -> tuple[bytes, bytes] | None:
         """Which route led to a decision that was made a moment ago on this packet: its key in the table, and what the

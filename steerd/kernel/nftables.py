@@ -67,11 +67,12 @@ def _of_set(element: Element) -> bytes:
     parts = attribute(_ELEMENT_KEY | NESTED, attribute(_DATA_VALUE, element.key))
     if element.data is not None:
         parts += attribute(_ELEMENT_DATA | NESTED, attribute(_DATA_VALUE, element.data))
-    return (
-        attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0")
-        + attribute(_ELEMENTS_SET, element.name.encode() + b"\0")
-        + attribute(_ELEMENTS | NESTED, attribute(_LIST_ELEMENT | NESTED, parts))
-    )
+    return _set_named(element.name) + attribute(_ELEMENTS | NESTED, attribute(_LIST_ELEMENT | NESTED, parts))
+
+
+def _set_named(name: str) -> bytes:
+    """The attributes of a request about a whole set."""
+    return attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0") + attribute(_ELEMENTS_SET, name.encode() + b"\0")
 
 
 def _element(name: str, told: bytes) -> Element:
@@ -132,22 +133,37 @@ class Nftables:
         """Take elements away in one transaction. Raises KernelError if one is not there, and then takes none."""
         self._change(_DELSETELEM, 0, elements, "did not delete from")
 
+    def replace(self, names: Sequence[str], elements: Sequence[Element]) -> None:
+        """Empty sets and add elements, in one transaction. Fine if there are no such sets. Raises KernelError."""
+        asked = f"nf_tables did not empty {', '.join(names)} of table inet {TABLE}"
+        emptied = [(_DELSETELEM, 0, _set_named(name)) for name in names]
+        added = [(_NEWSETELEM, CREATE, _of_set(element)) for element in elements]
+        error = self._carry_out([*emptied, *added], asked)
+        if error not in (0, errno.ENOENT):
+            raise KernelError(f"{asked}: {os.strerror(error)}")
+
     def _change(self, request: int, flags: int, elements: Sequence[Element], doing: str) -> None:
+        names = ", ".join(sorted({element.name for element in elements}))
+        asked = f"nf_tables {doing} {names} of table inet {TABLE}"
+        error = self._carry_out([(request, flags, _of_set(element)) for element in elements], asked)
+        if error:
+            raise KernelError(f"{asked}: {os.strerror(error)}")
+
+    def _carry_out(self, requests: Sequence[tuple[int, int, bytes]], asked: str) -> int:
+        """Requests (kind, flags, attributes) in one transaction; 0, or the errno for which there was none."""
         netlink = self._netlink
         first = netlink.next_sequence()
         parts = [message(_BATCH_BEGIN, REQUEST, first, _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b"")]
         awaited = set()
-        for element in elements:
+        for request, flags, body in requests:
             sequence = netlink.next_sequence()
             awaited.add(sequence)
             kind = _SUBSYS_NFTABLES << 8 | request
-            parts.append(message(kind, REQUEST | flags | ACK, sequence, _NFPROTO_INET, 0, _of_set(element)))
+            parts.append(message(kind, REQUEST | flags | ACK, sequence, _NFPROTO_INET, 0, body))
         parts.append(message(_BATCH_END, REQUEST, netlink.next_sequence(), _NFPROTO_UNSPEC, _SUBSYS_NFTABLES, b""))
         netlink.send(b"".join(parts))
         # What concerns the batch as a whole (no right to it, a failed commit) is answered to its first message.
         ours = awaited | {first}
-        names = ", ".join(sorted({element.name for element in elements}))
-        asked = f"nf_tables {doing} {names} of table inet {TABLE}"
         while awaited:
             for reply in netlink.receive(asked):
                 # Of a batch that was refused only the first answer was read; the others are still to come.
@@ -155,7 +171,8 @@ class Nftables:
                     continue
                 awaited.discard(reply.sequence)
                 if reply.error:
-                    raise KernelError(f"{asked}: {os.strerror(reply.error)}")
+                    return reply.error
+        return 0
 
     def contains(self, name: str, key: bytes) -> bool:
         """Whether a set holds a key, which is laid out as an Element's. Raises KernelError if there is no such set."""
@@ -168,7 +185,7 @@ class Nftables:
 
     def elements(self, name: str) -> list[Element]:
         """Every element of a set or map; [] if there is no such thing."""
-        about = attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0") + attribute(_ELEMENTS_SET, name.encode() + b"\0")
+        about = _set_named(name)
         found: list[Element] = []
         for fields, _ in self._dump(_GETSETELEM, _NFPROTO_INET, about, f"does not list {name}"):
             told = fields.get(_ELEMENTS, b"")
@@ -177,7 +194,7 @@ class Nftables:
 
     def listing(self, name: str) -> bytes:
         """The elements of a set as the kernel lists them, undecoded; b"" if there is no such thing."""
-        about = attribute(_ELEMENTS_TABLE, TABLE.encode() + b"\0") + attribute(_ELEMENTS_SET, name.encode() + b"\0")
+        about = _set_named(name)
         return b"".join(body for _, body in self._dump(_GETSETELEM, _NFPROTO_INET, about, f"does not list {name}"))
 
     def rules(self, family: int, table: str) -> list[Rule]:

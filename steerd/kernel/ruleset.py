@@ -45,6 +45,7 @@ _CHECKS = {
 _TRANSLATIONS = tuple(_CHECKS)
 _TARGET_MAPS = (*_TRANSLATIONS, "daemons4", "daemons6", "zones", "learned")
 _ZONES = 65535
+_OFFLOAD = ("offload4", "offload6", "offload_epoch")
 _TARGET_SETS = (*_CHECKS.values(), "answering4", "answering6")
 
 
@@ -313,6 +314,23 @@ def _translation(address: bytes, port: int) -> tuple[str, bytes]:
     if not port:
         return f"hosts{version}", address
     return f"targets{version}", address + port.to_bytes(2, "big") + b"\0\0"
+
+
+def offload_elements(version: int, key: bytes, mark_value: int, epoch: int) -> list[Element]:
+    """The elements that have the kernel steer SYNs of this key (core.offload) by itself; it takes them only while the
+    epoch is this one."""
+    number = mark_value.to_bytes(4, sys.byteorder)
+    return [_epoch(epoch), Element(f"offload{version}", key, number)]
+
+
+def _epoch(epoch: int) -> Element:
+    return Element("offload_epoch", bytes(4), epoch.to_bytes(4, sys.byteorder))
+
+
+def forget_offloaded(nftables: Nftables, epoch: int) -> None:
+    """From now on workers are asked again, and what they have decided before is refused: the epoch is this one, which
+    must be another one than before. Fine if there is no table. Raises KernelError."""
+    nftables.replace(_OFFLOAD, [_epoch(epoch)])
 
 
 def datagram_elements(mark_value: int, target_id: int, target: Target, dport: int) -> list[Element]:

@@ -17,6 +17,7 @@ from steerd.errors import ConfigError, KernelError, SteerdError
 from steerd.kernel import conntrack, flows, listeners, queue, statistics
 from steerd.kernel.conntrack import Entry
 from steerd.kernel.nftables import Nftables
+from steerd.main.epochs import Epochs
 from steerd.main.reload import Reloader
 from steerd.main.workers import Workers
 from steerd.model import TCP, UDP, Reason, Target
@@ -34,6 +35,7 @@ class Machine:
         config: Callable[[], Config],
         counters: Counters,
         states: States,
+        epochs: Epochs,
         workers: Workers,
         reloader: Reloader,
         log: FilteringBoundLogger,
@@ -41,6 +43,7 @@ class Machine:
         self._config = config
         self._counters = counters
         self._states = states
+        self._epochs = epochs
         self._workers = workers
         self._reloader = reloader
         self._log = log
@@ -106,6 +109,8 @@ class Machine:
         """What is logged from now on, by this process and by the workers."""
         logs.set_level(switch.level)
         self._counters.log = switch
+        if switch.access:  # what the kernel steers by itself would be in no log
+            self._epochs.begin()
 
     def entries(self, answered_by: bytes) -> Generator[Entry, None, None]:
         return conntrack.entries(translated=True, answered_by=answered_by)

@@ -22,6 +22,7 @@ from steerd.kernel import handshake, listeners, ruleset, sysctls
 from steerd.kernel.conntrack import Conntrack
 from steerd.kernel.handshake import Handshake
 from steerd.kernel.nftables import Nftables, Watcher
+from steerd.main.epochs import Epochs
 from steerd.model import TCP, UDP, Endpoint
 from steerd.telemetry.counters import Counters
 
@@ -97,9 +98,12 @@ def contents_of(config: Config) -> ruleset.Contents:
 class Table:
     """Our table on this machine. `config` says what is in force. For one thread at a time."""
 
-    def __init__(self, config: Callable[[], Config], counters: Counters, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, config: Callable[[], Config], counters: Counters, epochs: Epochs, log: FilteringBoundLogger
+    ) -> None:
         self._config = config
         self._counters = counters
+        self._epochs = epochs
         self._log = log
         self._nftables = Nftables()
         self.has_native_queue = ruleset.has_native_queue()
@@ -180,11 +184,13 @@ class Table:
             counted = self._nftables.counters().get("untranslated", 0)
             if counted > untranslated:
                 self._counters.next_generation()
+                self._epochs.begin()
                 self._log.warning(
                     "packets were dropped since their target was missing in the kernel's maps; workers load their"
                     " targets again",
                     packets=counted - untranslated,
                 )
+            self._epochs.make_good()
             self._set_wildcard_ports()
         except (SteerdError, OSError) as error:
             self._log.error("the table cannot be looked after", why=str(error))
@@ -195,6 +201,7 @@ class Table:
         """All of it anew."""
         settings, contents = self._wanted_of(config)
         self._note(ruleset.load(settings, contents, native=self.has_native_queue, empty_targets=empty_targets))
+        self._epochs.begin()
         self._forget_unsteered(contents, contents.datagram, contents.pools)
         self._wildcard_ports = set()
         self._set_wildcard_ports()

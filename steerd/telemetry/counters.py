@@ -1,7 +1,8 @@
 """Counters in shared memory: a file that every worker maps, so that counts survive a worker and cost it nanoseconds.
 
 Layout, all of it unsigned 64-bit words in the machine's order:
-  64 words    the header: magic, number of worker slots, generation, log switch (LogSwitch), 60 that are free
+  64 words    the header: magic, number of worker slots, generation, log switch (LogSwitch), epoch of
+              what the kernel decides by itself (core.offload), 59 that are free
   512 * 16    names of series: 0 if the place is free, 1 if the series is in use, else the time when it went (seconds
               since 1970); 15 words of text, `SERVICE TAB PARSER` in UTF-8, with zeros behind it
   then one slot for each worker: a word for each Reason, Extra and Gauge, and a block for each series: 32 words by
@@ -33,7 +34,7 @@ from steerd.model import Reason
 
 _MAGIC = 0x33304453_54454552  # changes whenever the layout does
 _WORKERS_WORD = 1
-GENERATION_WORD, LOG_WORD = 2, 3
+GENERATION_WORD, LOG_WORD, EPOCH_WORD = 2, 3, 4
 HEADER_WORDS = 64
 MAX_SERIES = 512
 _NAME_WORDS = 16
@@ -108,6 +109,8 @@ class Extra(enum.IntEnum):
     """Times that the worker was started again, since it had died."""
     NOT_LOGGED = 57
     """Decisions that failed and were not logged, since too many did (telemetry.logs)."""
+    OFFLOADED = 58
+    """Extensions that the kernel was told to steer by itself (the table's counter `offloaded` has the SYNs)."""
 
 
 class Gauge(enum.IntEnum):
