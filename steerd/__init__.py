@@ -17,6 +17,10 @@ makes sure that this is what happened and clears the mark, and the packet is del
 conntrack translates every packet of the connection, both ways, and steerd never sees it again. The daemon sees the
 client's own address.
 
+The worker also adds endpoint and extension to a map of the table, with the same mark. As long as they alone decide, the
+next SYN with extension 7 is steered by the kernel and wakes nobody (steerd.core.offload, steerd.offload); any change
+that could matter empties the map (steerd.main.epochs).
+
 **The life of a first payload.** Most SYNs carry nothing to go by. At a service that inspects payloads such a SYN is
 answered by the kernel itself (synproxy, a cookie, no state); the first payload of the connection is what the worker
 gets. steerd.late puts it together with steerd.core.pending, has the engine decide, and lets the packet go on with its
@@ -45,15 +49,16 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
+    offload.py     the half of a worker that has the kernel steer by itself what was decided before
     record.py      the half of a worker that counts and logs decisions
     config/        TOML to values; every mistake found, each with its key: a file for each section
     privileges.py  the few capabilities that are kept, each with its reason; systemd/ has the unit that grants them
     relay/         daemons that listen on a unix socket: one process, beside the workers
     client.py      for programs that want to connect to an extended port
     wire/          packet, portext, and one file for each protocol that can be inspected
-    core/          engine, explain (with its sentences), router, choice (of several targets), sessions, pending (first
-                   payloads), datagrams, pools, leases, marks, wake (daemons that sleep), plan (have and want -> what to
-                   do)
+    core/          engine, explain (with its sentences), router, offload, choice (of several targets), sessions, pending
+                   (first payloads), datagrams, pools, leases, marks, wake (daemons that sleep), plan (have and want ->
+                   what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
                    sockets (ends a connection's), host, capabilities, notify (systemd), processes and units

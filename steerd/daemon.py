@@ -4,7 +4,7 @@ Start, in this order, so that nothing is let through half-done: the lock, the re
 table, the workers. From then on it repairs what others take away (aliases, the table), keeps the list of ports with
 wildcard listeners, restarts workers that die, and reloads when it is asked to (SIGHUP, the API). On SIGTERM it stops
 the workers and leaves table and aliases as they are: established connections go on, new ones are dropped until it is
-back (fail closed).
+back (fail closed), those too that the kernel could steer by itself.
 
 Each part is in steerd.main; here they are put together, and told which configuration is in force.
 """

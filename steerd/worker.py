@@ -239,11 +239,7 @@ class Worker:
         match decision.outcome:
             case Outcome.STEER:
                 # Behind the verdict: the client waits for that.
-                if (
-                    not queued.mark & self._clear
-                    and self._is_awake(decision.target_id)
-                    and self._offload.wants(packet)
-                ):
+                if not queued.mark & self._clear and self._is_awake(decision.target_id) and self._offload.wants(packet):
                     self._tasks.append(partial(self._offload.tell, packet, self._keep_up, self._is_awake))
                 return Verdict(decision.target_id)
             case Outcome.PASS:

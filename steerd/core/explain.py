@@ -19,7 +19,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from steerd.core import sentences
+from steerd.core import offload, sentences
 from steerd.core.choice import GROUP, Chooser, Chosen, Group, no_group
 from steerd.core.datagrams import MAX_DATAGRAMS
 from steerd.core.engine import NOT_EXTENDED, Decision, EndpointPlan, Engine, Plan, ServicePlan, no_state
@@ -309,6 +309,8 @@ class Explainer:
         if decision is not None:
             texts = sentences.chains(packet, kind, decision, target, len(payloads), self._is_diverted(packet))
             steps += [Step("table", text) for text in texts]
+            if kind == "syn" and target is not None and self._is_offloaded(packet, decision, target):
+                steps.append(Step("kernel", sentences.offloaded(packet.version)))
         return Explanation(
             packet, kind, plan.name, decision, target, mark, tuple(self._said), matched, near, tuple(steps)
         )
@@ -317,6 +319,16 @@ class Explainer:
     def _is_known_session(self) -> bool:
         """Whether a session decided, so that no route was asked."""
         return any(session is not None for _, session in self._sessions)
+
+    def _is_offloaded(self, packet: Packet, decision: Decision, target: Target) -> bool:
+        """Whether the kernel steers the next SYN like this one by itself (core.offload). A packet that stands for a
+        client's SYN has no TCP options."""
+        plan = self._known.plan
+        return (
+            self._engine.lasting_target(packet) == decision.target_id
+            and not any(target.address.packed in each for each in plan.waking)
+            and (not packet.tcp_options or offload.key(packet, plan.numbers) is not None)
+        )
 
     def _is_diverted(self, packet: Packet) -> bool:
         """Whether the table hands a SYN to a worker although its endpoint is a late one (chains select4, select6)."""

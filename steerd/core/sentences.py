@@ -312,3 +312,12 @@ def address(packed: bytes, port: int) -> str:
     """`10.64.0.1:80`, `[fd00:64::1]:80`."""
     host = ipaddress.ip_address(packed)
     return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
+
+
+def offloaded(version: int) -> str:
+    """What becomes of the next SYN like this one, where the kernel steers it by itself."""
+    return (
+        "Endpoint and extension alone decide this. Once a worker has, the next SYN with this extension is answered by"
+        f" the kernel's map (offload{version}, counter `offloaded`), and by no worker, until a change empties the map."
+        " While the access log is on, workers decide all."
+    )

@@ -153,7 +153,8 @@ def test_counts_are_exact_and_outlive_workers_and_the_daemon(lab: Gateway) -> No
             os.kill(event["pid"], signal.SIGKILL)
     lab.wait(lambda: lab.count_events("worker bound") == bound + 2, "both workers are back")
     assert decisions(lab) == expected
-    lab.ask(Extension(1, 0), 443)
+    # What no worker has decided before.
+    lab.ask(Extension(11, 0), 443)
     expected["port-extension", "arithmetic", "early"] += 1
     lab.kill()
     lab.start()

@@ -87,7 +87,8 @@ def test_one_client_address_keeps_two_workers_busy(lab: Gateway, version: int) -
     counters = Counters.open(lab.directory / "run" / "counters")
     assert result(client_load(lab, version, 400, 1)) == (400, 0, 0)
     shares = [counters.slot(worker)[Reason.ARITHMETIC] for worker in range(2)]
-    assert sum(shares) == 400
+    # Who asks for what was decided before, the kernel steers by itself.
+    assert sum(shares) + lab.counters()["offloaded"] == 400
     assert min(shares) > 100
 
 

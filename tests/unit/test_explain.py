@@ -355,6 +355,33 @@ def place(route: str) -> int:
     return int(route.rpartition("[")[2].removesuffix("])"))
 
 
+OFFLOADED = """
+[pools.p]
+prefixes = ["10.64.0.0/24"]
+[services.s]
+endpoints = ["203.0.113.10:443/tcp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "p", by = "extension", port = 8080 }
+"""
+SLEEPING = OFFLOADED.replace('/24"]', '/24"]\nwake = ["/bin/true"]\nuser = "nobody"')
+BY_SOURCE = OFFLOADED + 'routes = [{ when = { portext.src = 9 }, target = "10.64.0.8:443" }]\n'
+
+
+@pytest.mark.parametrize(("text", "extension", "told"), [
+    (OFFLOADED, 7, True), (OFFLOADED, 300, False), (OFFLOADED, 0, False), (SLEEPING, 7, False), (BY_SOURCE, 7, False),
+])  # fmt: skip
+def test_what_the_kernel_steers_by_itself_is_said(text: str, extension: int, told: bool) -> None:
+    with explainer(text) as (_, explain_, _):
+        options = portext.encode_ipv4(Extension(extension, 0), portext.Numbers())
+        packet = SYN._replace(dport=443, ip_options=options)
+        (said,) = [[step.text for step in explain_.keys(packet, {}).steps if step.about == "kernel"]]
+        assert bool(said) is told
+        assert not told or "offload4, counter `offloaded`" in said[0]
+        late = packet._replace(tcp_options=b"\x22\x02\1\1")
+        assert not [step for step in explain_.syn(late).steps if step.about == "kernel"]
+
+
 def test_every_reason_has_a_meaning() -> None:
     assert asking.meanings().keys() == set(Reason)
     assert asking.meanings()[Reason.ROUTE] == "A route matched."

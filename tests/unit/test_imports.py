@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "late": {"core", "kernel", "wire", "model", "telemetry"},
     "datagram": {"core", "kernel", "wire", "model", "telemetry"},
     "relay": {"kernel", "wire", "model", "telemetry", "errors"},
+    "offload": {"core", "kernel", "wire", "errors", "telemetry"},
     "record": {"control", "core", "wire", "model", "errors", "telemetry"},
     "orders": {"telemetry"},
     "main": {
