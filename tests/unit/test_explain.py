@@ -364,7 +364,7 @@ inspect = ["port-extension"]
 unextended = "pass"
 extension_pool = { pool = "p", by = "extension", port = 8080 }
 """
-SLEEPING = OFFLOADED.replace('/24"]', '/24"]\nwake = ["/bin/true"]\nuser = "nobody"')
+SLEEPING = OFFLOADED.replace('/24"]', '/24"]\nwake = "unit:a@{alias}.service"')
 BY_SOURCE = OFFLOADED + 'routes = [{ when = { portext.src = 9 }, target = "10.64.0.8:443" }]\n'
 
 
