@@ -12,6 +12,9 @@ warm caches: in traffic the kernel's work between two batches cools them (tests/
 - by parser: the first payload, or the first datagrams, of a real client (tests/vectors), at a service that has this
   parser alone, and a default.
 
+The parts of a decision are measured as well, each in a loop of its own: LMDB's transaction, reading the packet, its
+checksum, the engine (parser, routes, LMDB's lookup), counting, and the bytes of the verdict.
+
 `flat`: the time with 1,000,000 routes over that with one, sizes in turn; 1.2 is allowed.
 """
 
@@ -27,7 +30,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -86,6 +89,7 @@ _COMPARED = {
     "regex": ("regex", "^[A-Z]+ /"),
 }
 FIRST_PORT = 1000
+_PARTS_OF = "parts of "
 
 
 class Kind(NamedTuple):
@@ -252,11 +256,20 @@ class Server:
 
     def answer(self) -> float:
         """What came of it."""
+        found: float = self._answer()
+        return found
+
+    def parts(self, name: str) -> dict[str, float]:
+        """Microseconds of what a decision of a kind consists of (Unplugged.parts)."""
+        self._pipe.send(f"{_PARTS_OF}{name}")
+        found: dict[str, float] = self._answer()
+        return found
+
+    def _answer(self) -> Any:
         try:
-            found: float = self._pipe.recv()
+            return self._pipe.recv()
         except EOFError as error:
             raise SystemExit("bench: a process that was to measure decisions has ended") from error
-        return found
 
 
 def _serve(directory: str, each: int, orders: Connection) -> None:
@@ -268,7 +281,10 @@ def _serve(directory: str, each: int, orders: Connection) -> None:
         name = orders.recv()
         flows = range(flow, flow + DECISIONS)
         flow += DECISIONS
-        if name in kinds:
+        if name.startswith(_PARTS_OF):
+            packets_of = kinds[name.removeprefix(_PARTS_OF)].packets
+            orders.send(unplugged.parts([packets_of(n, rng.randrange(each)) for n in flows]))
+        elif name in kinds:
             packets = [packet for n in flows for packet in kinds[name].packets(n, rng.randrange(each))]
             orders.send(unplugged.microseconds(packets, Reason.ROUTE, DECISIONS))
         else:
@@ -296,17 +312,21 @@ def run(console: Console) -> Result:
                     found[size].append(server.ask(name))
         # The first round has used all targets.
         by_routes = {name: {size: us[1:] for size, us in found.items()} for name, found in by_routes.items()}
+        parts = {name: servers[SIZES[-1]].parts(name) for name in by_routes}
         parsers = Server(stack, _by_parser(), 0)
         names = [f"{transport}-{parser}" for transport, parser in SPOKEN]
         by_parser: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(PARSER_ROUNDS):
             for name in names:
                 by_parser[name].append(parsers.ask(name))
-    return _result(console, by_routes, by_parser)
+    return _result(console, by_routes, by_parser, parts)
 
 
 def _result(
-    console: Console, by_routes: dict[str, dict[int, list[float]]], by_parser: dict[str, list[float]]
+    console: Console,
+    by_routes: dict[str, dict[int, list[float]]],
+    by_parser: dict[str, list[float]],
+    parts: dict[str, dict[str, float]],
 ) -> Result:
     flat = {name: report.paired(found[SIZES[-1]], found[SIZES[0]]) for name, found in by_routes.items()}
     ratios = {f"flat_{name}": value for name, value in flat.items()}
@@ -316,6 +336,11 @@ def _result(
     for name, found in by_routes.items():
         routes.add_row(name, *(_us(spread(found[size])) for size in SIZES), f"{flat[name].median:.3f}")
     console.print(routes)
+    consists = report.table("... and its parts by themselves, with 1,000,000 routes", "", *parts["early"], "rest")
+    rest = {name: spread(by_routes[name][SIZES[-1]]).median - sum(found.values()) for name, found in parts.items()}
+    for name, us_of in parts.items():
+        consists.add_row(name, *(f"{us:.1f}" for us in us_of.values()), f"{rest[name]:.1f}")
+    console.print(consists)
     parsers = report.table("us of CPU a decision, by parser", "", "median (lowest - highest)")
     for name, values in by_parser.items():
         parsers.add_row(name, _us(spread(values)))
@@ -327,6 +352,10 @@ def _result(
             for name, found in by_routes.items()
         },
         "by_parser_us": {name: report.rounded(spread(values), 2) for name, values in by_parser.items()},
+        "parts_us": {
+            name: {part: round(us, 2) for part, us in (*found.items(), ("rest", rest[name]))}
+            for name, found in parts.items()
+        },
         "conditions": {"decisions_a_round": DECISIONS, "rounds": ROUNDS, "rounds_of_parsers": PARSER_ROUNDS},
     }
     goals = [Goal(f"flat_{name}", 1.2, at_least=False) for name in by_routes]

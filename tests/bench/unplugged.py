@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ from steerd import late
 from steerd import worker as worker_module
 from steerd.control.doors import Porter
 from steerd.control.states import States
+from steerd.core.engine import Decision
 from steerd.kernel import handshake, queue
 from steerd.kernel.handshake import Handshake
-from steerd.model import Reason
+from steerd.model import TCP, Answer, Reason
 from steerd.orders import WorkerSettings
 from steerd.telemetry.counters import Counters, LogSwitch
+from steerd.wire import packet as wire
+from steerd.wire.parser import History
 from steerd.worker import Worker
 
 HIGHEST_ID = (1 << 20) - 1
 _NETLINK_NETFILTER = 12
+_LOOPS = 20
 
 
 class _Nftables:
@@ -131,3 +135,64 @@ class Unplugged:
             counted = {each.name: self._counters.total(each) for each in Reason if self._counters.total(each)}
             raise SystemExit(f"bench: {made} decisions instead of {decisions}: {counted}")
         return seconds / decisions * 1e6
+
+    def parts(self, flows: Sequence[Sequence[bytes]]) -> dict[str, float]:
+        """CPU time for each of these flows (all its packets) that the parts of a decision take by themselves, each in a
+        loop over all flows: the least of many loops. They are not all of it: what ties them together is the rest."""
+        worker = self.worker
+        read = [[packet for raw in flow if (packet := wire.parse(raw)) is not None] for flow in flows]
+        worker._reader.advance()
+        decided = [self._decide(packets) for packets in read]
+        last = [packets[-1] for packets in read]
+
+        def transaction() -> None:
+            for _ in flows:
+                worker._reader.advance()
+                worker._reader.rest()
+
+        def reading() -> None:
+            for flow in flows:
+                for raw in flow:
+                    wire.parse(raw)
+
+        def checksum() -> None:
+            for flow, packets in zip(flows, read, strict=True):
+                for raw, each in zip(flow, packets, strict=True):
+                    if each.protocol == TCP and each.payload:
+                        wire.is_damaged(each, raw)
+
+        def engine() -> None:
+            worker._reader.advance()
+            for packets in read:
+                self._decide(packets)
+            worker._reader.rest()
+
+        def record() -> None:
+            for each, decision in zip(last, decided, strict=True):
+                worker._record.begin()
+                worker._record.decision(each, decision)
+
+        def verdict() -> None:
+            for decision in decided:
+                worker._queue._verdict(queue.Ruling(1, decision.target_id))
+
+        loops = {"transaction": transaction, "packet": reading, "checksum": checksum, "engine": engine,
+                 "record": record, "verdict": verdict}  # fmt: skip
+        return {name: min(_seconds(loop) for _ in range(_LOOPS)) / len(flows) * 1e6 for name, loop in loops.items()}
+
+    def _decide(self, packets: Sequence[wire.Packet]) -> Decision:
+        engine, last = self.worker._engine, packets[-1]
+        if last.protocol != TCP:
+            decision = engine.decide_datagrams(last, History(packet.payload for packet in packets))
+        elif last.flags & wire.SYN:
+            decision = engine.decide_syn(last)
+        else:
+            decision = engine.decide_first(last, last.payload)
+        assert decision is not Answer.NEED_MORE
+        return decision
+
+
+def _seconds(loop: Callable[[], None]) -> float:
+    began = time.thread_time()
+    loop()
+    return time.thread_time() - began
