@@ -1,6 +1,6 @@
 #!/bin/sh
 # Loads the steerd table into the kernel, or takes it away again. The running daemon does the same by itself; this is
-# for a boot that must fail closed before the daemon is up, for looking, and for cleaning up.
+# for having it without the daemon, for looking, and for cleaning up.
 #
 # The table comes from steerd.nft beside this script and nowhere else. Its placeholders are filled in here exactly as
 # `steerd` does it; the sets (endpoints, aliases, targets) stay empty until the daemon fills them.
@@ -416,7 +416,9 @@ install)
 	echo "table inet steerd is loaded (queue: $queueing, queues $first_queue to $((first_queue + queues - 1)))"
 	;;
 uninstall)
-	printf 'add table inet steerd\ndelete table inet steerd\n' | nft -f -
+	for table in steerd steerd_hold; do
+		printf 'add table inet %s\ndelete table inet %s\n' $table $table
+	done | nft -f -
 	remove_fallback
 	[ $sysctls = no ] || restore_sysctls
 	echo "table inet steerd is gone"

@@ -39,7 +39,7 @@ from steerd.main.lock import take_lock
 from steerd.main.machine import Machine
 from steerd.main.relay import Keeper
 from steerd.main.reload import Reloader
-from steerd.main.table import Table
+from steerd.main.table import Table, hold_file
 from steerd.main.waker import Waker
 from steerd.main.workers import Workers
 from steerd.model import IPAddress, Reason, Target, UnixDaemon
@@ -69,6 +69,7 @@ def down(config: Config) -> aliases.Changes:
     lock = take_lock(config.gateway.run_dir)
     try:
         ruleset.remove()
+        hold_file(config).unlink(missing_ok=True)
         sysctls.restore(Path(config.gateway.run_dir))
         return aliases.remove_all()
     finally:

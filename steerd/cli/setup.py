@@ -1,6 +1,6 @@
 """`steerd setup`: what an installation by pip lacks to run as a service. A package brings all of it along.
 
-Three files and a user; each step says what it does, and does nothing where it is done already. With another root
+Four files and a user; each step says what it does, and does nothing where it is done already. With another root
 directory (an image, a test) nothing is told to the running systemd. `remove` takes away what `install` made, but not
 what is the operator's by then: the configuration, the user, and the state.
 """
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from steerd.errors import SteerdError
 
 UNIT = Path("/etc/systemd/system/steerd.service")
+HOLD = Path("/etc/systemd/system/steerd-hold.service")
 USERS = Path("/etc/sysusers.d/steerd.conf")
 CONFIGURATION = Path("/etc/steerd/steerd.toml")
 PACKAGED = (Path("/usr/lib/systemd/system/steerd.service"), Path("/lib/systemd/system/steerd.service"))
@@ -49,14 +50,17 @@ class Setup:
         if packaged := next((path for path in PACKAGED if self._in(path).exists()), None):
             raise SteerdError(f"{packaged} is there: steerd was installed as a package, and needs no setup")
         unit = _shipped("steerd.service").replace(_IN_UNIT, f"{program.parent}/steer")
-        users, example = _shipped("sysusers.conf"), _shipped("steerd.toml")
+        hold, users, example = (_shipped(name) for name in ("steerd-hold.service", "sysusers.conf", "steerd.toml"))
         if not self._holds(USERS, users):
             yield Step(f"write {USERS}: the system user steerd", lambda: self._write(USERS, users, 0o644))
         if not self._has_user():
             yield Step("make the user and the group steerd (systemd-sysusers)", self._make_user)
         if not self._in(CONFIGURATION).exists():
             yield Step(f"write {CONFIGURATION}: an example, which steers nothing yet", lambda: self._configure(example))
-        if not self._holds(UNIT, unit):
+        if not (self._holds(UNIT, unit) and self._holds(HOLD, hold)):
+            yield Step(
+                f"write {HOLD}: what holds its clients while the machine boots", lambda: self._write(HOLD, hold, 0o644)
+            )
             yield Step(f"write {UNIT}: the service, which runs {program}", lambda: self._write(UNIT, unit, 0o644))
             yield from self._tell_systemd("daemon-reload")
 
@@ -65,6 +69,7 @@ class Setup:
         if self._in(UNIT).exists():
             yield from self._tell_systemd("disable", "--now", UNIT.name)
             yield Step(f"remove {UNIT}", self._in(UNIT).unlink)
+            yield Step(f"remove {HOLD}", lambda: self._in(HOLD).unlink(missing_ok=True))
             yield from self._tell_systemd("daemon-reload")
         if self._in(USERS).exists():
             yield Step(f"remove {USERS}", self._in(USERS).unlink)

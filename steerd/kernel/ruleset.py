@@ -29,6 +29,7 @@ from steerd.errors import KernelError
 from steerd.kernel.nftables import TABLE, Element, Nftables
 from steerd.model import Endpoint, Flow, IPAddress, IPNetwork, Target
 
+HOLD_TABLE = f"{TABLE}_hold"
 FALLBACK_CHAIN = "STEERD"
 # Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
 # reload would send the rest of a connection's packets to another worker.
@@ -201,6 +202,19 @@ def fill(contents: Contents) -> str:
             lines += _of_set("add", name, listed)
         lines += _idle_rules(contents, version)
     return "\n".join(lines) + "\n"
+
+
+def hold(contents: Contents) -> str:
+    """nft commands for a table that drops whatever comes for these endpoints, so that it is sent again: for a boot,
+    until `load` takes that table away."""
+    rules = [
+        f"iif != lo {family} daddr . {protocol} dport {{ {', '.join(listed)} }} drop"
+        for version, family in ((4, "ip"), (6, "ip6"))
+        for protocol, names in (("tcp", ("early",)), ("udp", ("datagram", "query")))
+        if (listed := [element for name in names for element in elements(contents, version)[f"{name}{version}"]])
+    ]
+    lines = ["type filter hook prerouting priority raw", *rules]
+    return f"{_without_table(HOLD_TABLE)}table inet {HOLD_TABLE} {{ chain hold {{\n" + "\n".join(lines) + "\n}\n}\n"
 
 
 def difference(before: Contents, after: Contents) -> str:
@@ -392,7 +406,7 @@ def load(settings: Settings, contents: Contents, *, native: bool, empty_targets:
     KernelError if the kernel refuses.
     """
     rules = render(template_path().read_text(), settings, native=native)
-    text = rules + fill(contents)
+    text = rules + fill(contents) + _without_table(HOLD_TABLE)
     if empty_targets:
         text += flush_targets()
     with contextlib.closing(Nftables()) as nftables:
@@ -471,9 +485,13 @@ def set_wildcard_ports(ports: set[tuple[int, int]]) -> None:
 
 def remove() -> None:
     """Take the table and the fall-back's rules away. Fine if there are none."""
-    # `destroy` would say it in one word, but needs nft 1.0.7.
-    _nft(f"add table inet {TABLE}\ndelete table inet {TABLE}\n")
+    _nft(_without_table(TABLE) + _without_table(HOLD_TABLE))
     _remove_fallback()
+
+
+def _without_table(name: str) -> str:
+    # `destroy` would say it in one word, but needs nft 1.0.7.
+    return f"add table inet {name}\ndelete table inet {name}\n"
 
 
 def _install_fallback(settings: Settings, tables: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -93,6 +94,23 @@ def contents_of(config: Config) -> ruleset.Contents:
             ),
         ),
     )
+
+
+def hold_file(config: Config) -> Path:
+    """What steerd-hold.service gives to nft when the machine boots: ruleset.hold."""
+    return Path(config.gateway.state_dir) / "hold.nft"
+
+
+def _keep_hold(file: Path, text: str) -> None:
+    if file.exists() and file.read_text() == text:
+        return
+    new = file.with_suffix(".new")
+    with new.open("w") as opened:
+        opened.write(text)
+        opened.flush()
+        # A boot may follow a power failure.
+        os.fsync(opened.fileno())
+    new.replace(file)
 
 
 class Table:
@@ -215,6 +233,10 @@ class Table:
         self._loaded = loaded
         self._rules = ruleset.our_rules(self._nftables)
         self._elements = ruleset.our_elements(self._nftables)
+        try:
+            _keep_hold(hold_file(self._config()), ruleset.hold(loaded.contents))
+        except OSError as error:
+            self._log.error("a boot will not hold what is for steerd until it is there", why=str(error))
 
     @staticmethod
     def _forget_unsteered(contents: ruleset.Contents, endpoints: Collection[Endpoint], pools: Collection[Pool]) -> None:

@@ -46,7 +46,7 @@ def test_it_makes_user_example_and_unit_once(root: Path, prefix: Path) -> None:
     would = [step.what for step in Setup(root).install()]
     assert sorted(path.name for path in root.rglob("*")) == ["etc", "group", "passwd"], "nothing is done by asking"
     assert done(root) == would
-    assert len(would) == 4
+    assert len(would) == 5
     (user,) = (line for line in (root / "etc/passwd").read_text().splitlines() if line.startswith("steerd:"))
     gid = int(user.split(":")[3])
     example = root / "etc/steerd/steerd.toml"
@@ -56,6 +56,7 @@ def test_it_makes_user_example_and_unit_once(root: Path, prefix: Path) -> None:
     assert f"\nExecStart={prefix}/bin/steerd run /etc/steerd/steerd.toml\n" in unit
     assert f"\nExecReload={prefix}/bin/steerctl reload " in unit
     assert "/usr/bin/steer" not in unit
+    assert (root / "etc/systemd/system/steerd-hold.service").exists()
     assert done(root) == []
 
 
@@ -76,7 +77,7 @@ def test_it_leaves_the_operators_configuration_alone(root: Path) -> None:
     for step in Setup(root).remove():
         step.do()
     assert mine.read_text() == "mine"
-    assert not (root / "etc/systemd/system/steerd.service").exists()
+    assert list((root / "etc/systemd/system").iterdir()) == []
     assert list(Setup(root).remove()) == []
 
 

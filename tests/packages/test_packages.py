@@ -155,6 +155,7 @@ def test_what_is_in_it(package: Path) -> None:
     outside = {path for path, mode in files.items() if mode[0] != "d" and not path.startswith("/opt/steerd/")}
     assert outside == {
         "/etc/steerd/steerd.toml", "/usr/bin/steerd", "/usr/bin/steerctl", "/usr/lib/systemd/system/steerd.service",
+        "/usr/lib/systemd/system/steerd-hold.service",
         "/usr/lib/sysusers.d/steerd.conf", "/usr/lib/tmpfiles.d/steerd.conf", "/usr/share/doc/steerd/README.md",
         "/usr/share/doc/steerd/guide.md",
         "/usr/share/doc/steerd/copyright", "/usr/share/bash-completion/completions/steerctl",
@@ -300,6 +301,7 @@ def test_an_installation_by_pip_is_set_up_and_taken_away(machine: Machine) -> No
     machine.host.run("/opt/steerd/bin/pip", "install", "-q", "--no-index", "--find-links=/root/wheels", "steerd")
     setup = "/opt/steerd/bin/steerd", "setup"
     would = machine.host.run(*setup, "--print")
+    assert "would write /etc/systemd/system/steerd-hold.service" in would
     assert "would write /etc/systemd/system/steerd.service" in would
     assert not (machine.host.root / "etc/steerd").exists()
     assert machine.host.run(*setup) == would.replace("would ", "")
@@ -310,6 +312,6 @@ def test_an_installation_by_pip_is_set_up_and_taken_away(machine: Machine) -> No
     machine.steers()
     machine.host.run(*setup, "--remove")
     assert machine.host.try_run("systemctl", "is-active", "steerd").stdout.strip() != "active"
-    assert not (machine.host.root / "etc/systemd/system/steerd.service").exists()
+    assert sh(f"find {machine.host.root}/etc/systemd -name 'steerd*'") == ""
     machine.host.run("/opt/steerd/bin/steerd", "down")
     assert "steer" not in machine.host.run("nft", "list", "ruleset")

@@ -1,0 +1,127 @@
+"""A gateway that boots: until steerd is there again, what its clients send reaches nobody, and is not refused either.
+
+A boot takes all from the kernel that steerd has put there, and leaves the files; and some daemon listens on the
+wildcard address from the first moment on. Topology: tests/netns/gateway.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.netns.gateway import ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
+from tests.netns.lab import Host
+
+CONFIG = """
+[pools.tenants]
+prefixes = ["10.64.0.0/28", "fd00:64::/124"]
+
+[services.web]
+endpoints = ["203.0.113.10:80/tcp", "[2001:db8::10]:80/tcp", "203.0.113.10:8000-8100/tcp"]
+inspect = ["http"]
+default = ["10.64.0.1:8080", "[fd00:64::1]:8080"]
+[services.datagrams]
+endpoints = ["203.0.113.10:443/udp", "[2001:db8::10]:443/udp"]
+inspect = ["quic"]
+default = ["10.64.0.1:443", "[fd00:64::1]:443"]
+[services.names]
+endpoints = ["203.0.113.10:53/udp"]
+inspect = ["dns"]
+default = "10.64.0.1:53"
+"""
+STREAM, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
+STEERED = [
+    (ENDPOINT4, 80, STREAM), (ENDPOINT6, 80, STREAM), (ENDPOINT4, 8050, STREAM),
+    (ENDPOINT4, 443, DATAGRAM), (ENDPOINT6, 443, DATAGRAM), (ENDPOINT4, 53, DATAGRAM),
+]  # fmt: skip
+OTHERS = [(ENDPOINT4, 8101, STREAM), (ENDPOINT6, 443, STREAM), (ENDPOINT4, 80, DATAGRAM)]
+
+
+def family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+@contextlib.contextmanager
+def wildcards(lab: Gateway) -> Iterator[list[socket.socket]]:
+    """Sockets on the wildcard address of the gateway, for every port that is used here."""
+    with contextlib.ExitStack() as opened:
+        made = []
+        for address, port, kind in STEERED + OTHERS:
+            with lab.host.entered():
+                made.append(opened.enter_context(socket.socket(family(address), kind)))
+            if made[-1].family == socket.AF_INET6:
+                made[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made[-1].bind(("", port))
+            if kind == STREAM:
+                made[-1].listen()
+        yield made
+
+
+@contextlib.contextmanager
+def clients(lab: Gateway) -> Iterator[list[socket.socket]]:
+    """One to each of STEERED and OTHERS, which has sent its first packet."""
+    with contextlib.ExitStack() as opened:
+        made = []
+        for address, port, kind in STEERED + OTHERS:
+            with lab.client.entered():
+                made.append(opened.enter_context(socket.socket(family(address), kind)))
+            made[-1].setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                made[-1].connect((address, port))
+            if kind == DATAGRAM:
+                made[-1].send(b"hello")
+        yield made
+
+
+@pytest.fixture
+def booted(new_host: Callable[[str], Host]) -> Iterator[Gateway]:
+    """A gateway that has served, and has lost what a boot takes."""
+    with gateway(new_host) as lab:
+        lab.configure(CONFIG)
+        lab.start()
+        lab.stop()
+        lab.host.sh(
+            "nft flush ruleset; for device in $(ip -br link | grep -o '^steer[0-9]*'); do ip link del $device; done"
+        )
+        yield lab
+
+
+def test_until_it_is_there_again_nobody_gets_what_is_for_steerd(booted: Gateway) -> None:
+    booted.host.sh(f"nft -f {booted.directory}/state/hold.nft")
+    with wildcards(booted) as listening, clients(booted) as asking:
+        for others in zip(listening, asking, strict=True):
+            if others[0] in listening[len(STEERED) :]:
+                assert select.select([others[0]], [], [], 30)[0], "what is not for steerd is let through"
+        # All that was sent before those has been seen, too.
+        assert select.select(listening[: len(STEERED)], asking[: len(STEERED)], [], 0)[0] == []
+        assert [client for client in asking[:3] if select.select([], [client], [], 0)[1]] == [], "nobody is refused"
+        booted.start()
+        booted.respond(("10.64.0.1", 1, 8080), ("fd00:64::1", 1, 8080))
+        assert "hold" not in booted.host.sh("nft list tables")
+        for client in asking[:3]:  # their SYNs are sent again
+            assert select.select([], [client], [], 30)[1]
+            client.send(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
+            assert select.select([client], [], [], 30)[0]
+            assert b" 8080 " in client.recv(100)
+        assert select.select(listening[: len(STEERED)], [], [], 0)[0] == []
+
+
+def test_it_is_about_the_endpoints_in_force_and_goes_with_the_table(booted: Gateway) -> None:
+    hold = booted.directory / "state" / "hold.nft"
+    before = hold.read_text()
+    booted.start()
+    booted.configure(CONFIG.replace("8000-8100", "8000-8200"))
+    assert booted.daemon is not None
+    booted.daemon.send_signal(signal.SIGHUP)
+    booted.wait(lambda: hold.read_text() == before.replace("8000-8100", "8000-8200"), "the file is of the endpoints")
+    booted.stop()
+    booted.host.sh(f"nft -f {hold}; nft list table inet steerd_hold")
+    booted.host.sh(f"cd {ROOT}; {sys.executable} -m steerd down {booted.config}")
+    assert "steerd" not in booted.host.sh("nft list tables")
+    assert not hold.exists()
