@@ -135,14 +135,20 @@ class Gateway:
         names, values = (line.split() for line in lines if line.startswith("Tcp:"))
         return int(values[names.index("RetransSegs")])
 
-    def at_first_sight(self, attempt: Callable[[], object], counter: str = "diverted") -> int:
-        """How far `attempt` moves a counter of the table, in a try in which the client repeated nothing. That it does
-        where something goes wrong, and when this machine is slow; so of several tries one must do without."""
+    def at_first_sight(self, attempt: Callable[[], object], *named: str) -> int:
+        """How far `attempt` moves counters of the table (of what is decided, unless others are named), in a try in
+        which the client repeated nothing. That it does where something goes wrong, and when this machine is slow; so of
+        several tries one must do without."""
+
+        def counted() -> int:
+            counters = self.counters()
+            return sum(counters[name] for name in named or ("diverted", "offloaded"))
+
         for _ in range(8):
-            before, repeated = self.counters()[counter], self.repeated()
+            before, repeated = counted(), self.repeated()
             attempt()
             if self.repeated() == repeated:
-                return self.counters()[counter] - before
+                return counted() - before
         raise AssertionError("the client had to repeat itself every time")
 
     # ---- daemons behind it ----

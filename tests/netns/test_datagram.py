@@ -6,6 +6,7 @@ Topology: tests/netns/gateway.py. Real QUIC and DNS programs are in test_datagra
 from __future__ import annotations
 
 import re
+import select
 import signal
 import socket
 import struct
@@ -75,7 +76,7 @@ def client(lab: Gateway, version: int, port: int = 500, source: int = 0) -> sock
     """A connected socket of the client's."""
     with lab.client.entered():
         made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
-    made.settimeout(5 * SLOWER)
+    made.settimeout(15 * SLOWER)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.bind((CLIENT[version], source))
     made.connect((ENDPOINT[version], port))
@@ -199,7 +200,7 @@ def test_a_flow_from_before_the_table_is_steered_when_the_daemon_comes(lab: Gate
     mute.bind((ENDPOINT[version], 500))
     with mute, client(lab, version) as asking:
         silent(asking, b"a")
-        asking.settimeout(5 * SLOWER)
+        asking.settimeout(15 * SLOWER)
         lab.start()
         respond(lab, 9000, 1, 2)
         assert answer(asking, b"b")[0] == name(version, 2, 9000)
@@ -257,9 +258,11 @@ def test_path_mtu_discovery_reaches_the_daemon(new_host: Callable[[str], Host], 
         with client(lab, version) as asking:
             assert answer(asking, b"a")[0] == name(version, 1, 9000)
             silent(asking, b"size1400")
-            asking.send(b"size1400")
+            # Until the error has come.
+            while not select.select([daemon.stdout], [], [], 0.1)[0]:
+                asking.send(b"size1400")
             assert "Message too long" in daemon.stdout.readline()
-            asking.settimeout(5 * SLOWER)
+            asking.settimeout(15 * SLOWER)
             assert answer(asking, b"size1200")[0] == name(version, 1, 9000)
 
 

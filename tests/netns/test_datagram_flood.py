@@ -58,7 +58,7 @@ routes = [
 ]
 """
 RATE = 20_000
-SECONDS = 60
+SECONDS = 250
 """It is ended before, with the real flows."""
 ESTABLISHED = 20
 PAUSE = 0.004
@@ -183,7 +183,7 @@ def test_a_flood_is_bounded_and_real_flows_go_on(lab: Gateway, version: int, kin
 def test_one_sources_flood_is_limited_before_the_queue(lab: Gateway, version: int) -> None:
     start(lab, limits(source_rate=100, source_burst=100))
     command = (sys.executable, "-m", "tests.netns.datagram_flood", *map(str, (version, "junk", 1, 5000, 5000)))
-    started = time.monotonic()
+    started, dropped = time.monotonic(), dropped_by_the_machine()
     flood = lab.spawn(lab.client, *command)
     lab.wait(lambda: lab.counters()["over_source"] > 1000, "the flood is on")
     with client(lab, version, "junk") as asking:
@@ -193,7 +193,8 @@ def test_one_sources_flood_is_limited_before_the_queue(lab: Gateway, version: in
     seconds = time.monotonic() - started
     counters = lab.counters()
     assert counters["diverted"] <= 100 + 100 * seconds + 1
-    assert counters["diverted"] + counters["over_source"] == 5001
+    arrived = counters["diverted"] + counters["over_source"]
+    assert 5001 - (dropped_by_the_machine() - dropped) <= arrived <= 5001
     assert counters["over_strangers"] == 0
 
 

@@ -295,7 +295,7 @@ def udp(lab: Gateway, version: int, port: int) -> socket.socket:
     """A connected socket of the client's."""
     with lab.client.entered():
         made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
-    made.settimeout(5 * SLOWER)
+    made.settimeout(15 * SLOWER)
     made.bind((CLIENT[version], 0))
     made.connect((ENDPOINT[version], port))
     return made

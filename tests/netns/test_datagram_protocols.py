@@ -147,7 +147,7 @@ def udp(lab: Gateway, version: int, port: int) -> socket.socket:
     """A connected socket of the client's."""
     with lab.client.entered():
         made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
-    made.settimeout(5 * SLOWER)
+    made.settimeout(15 * SLOWER)
     made.bind((CLIENT[version], 0))
     made.connect((ENDPOINT[version], port))
     return made
@@ -161,7 +161,7 @@ def test_a_stream_that_nobody_answers_stays_where_it_is(lab: Gateway, version: i
     """As RTP is: once decided, no worker sees it, though conntrack never sees an answer; and it is in order."""
     with lab.host.entered():
         sink = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
-    sink.settimeout(5 * SLOWER)
+    sink.settimeout(15 * SLOWER)
     counts = Counts(lab)
     with sink, udp(lab, version, 447) as client:
         sink.bind((alias(version, 3), SINK))

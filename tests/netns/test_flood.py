@@ -32,7 +32,7 @@ inspect = ["port-extension"]
 unextended = "unmatched"
 extension_pool = {{ pool = "tenants", by = "extension", port = 8080 }}
 """
-FLOOD, RATE = 600_000, 20_000
+FLOOD, RATE = 5_000_000, 20_000  # it is ended before
 CLIENTS, EACH, PAUSE = 8, 125, 0.04
 
 

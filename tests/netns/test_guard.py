@@ -67,14 +67,14 @@ def load(lab: Gateway, version: int) -> Iterator[None]:
     assert output.splitlines()[-1] == "2000 0 0", output
 
 
-def refused_at_once(lab: Gateway, act: Callable[[], object], counter: str = "diverted") -> int:
-    """By an answer to the first SYN. Returns how far a counter of the table has risen by it."""
+def refused_at_once(lab: Gateway, act: Callable[[], object], *named: str) -> int:
+    """By an answer to the first SYN. Returns how far counters have risen by it (Gateway.at_first_sight)."""
 
     def is_refused() -> None:
         with pytest.raises(ConnectionRefusedError):
             act()
 
-    return lab.at_first_sight(is_refused, counter)
+    return lab.at_first_sight(is_refused, *named)
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -482,8 +482,9 @@ def test_spoofed_requests_draw_no_answer(lab: Lab) -> None:
 def test_a_port_that_is_used_again_at_once_reaches_the_right_daemon(lab: Lab, version: int) -> None:
     """The daemon said much and closed first. So the client's new numbers lie within the window of the old entry."""
     old, new = (listen(lab.gateway.host, ALIAS[version].format(n)) for n in (3, 4))
+    repeated = []
     with old, new:
-        for source_port in (22001, 22002, 22003):
+        for source_port in (22001, 22002, 22003, 22004, 22005):
             with connect(lab, version, WEB, source_port) as client:
                 client.sendall(request("c.example"))
                 connection, _ = old.accept()
@@ -493,10 +494,12 @@ def test_a_port_that_is_used_again_at_once_reaches_the_right_daemon(lab: Lab, ve
                 assert len(rest_of(client)) == 60_000
             with connect(lab, version, WEB, source_port) as client:
                 client.sendall(request("d.example"))
-                new.settimeout(1 * SLOWER)
                 connection, _ = new.accept()
                 with connection:
                     assert connection.recv(4096) == request("d.example")
+                repeated.append(retransmitted(client))
+    # The old entry is found with the first one and gone with the next, within a second; unless this machine is slow.
+    assert min(repeated) <= 2, repeated
 
 
 # ---- silence ----
@@ -504,13 +507,17 @@ def test_a_port_that_is_used_again_at_once_reaches_the_right_daemon(lab: Lab, ve
 
 @both
 def test_a_silent_client_waits_for_its_timer_and_no_longer(lab: Lab, version: int) -> None:
-    waited = []
-    for _ in range(3):
+    waited: list[float] = []
+
+    def waits_no_longer() -> bool:
         started = time.monotonic()
         with connect(lab, version, SILENT) as client:
             assert line_of(client).startswith(name(version, 5))
         waited.append(time.monotonic() - started)
-    assert sorted(waited)[1] < TIMER + 0.6 * SLOWER, waited
+        return TIMER <= waited[-1] < TIMER + 0.6 * SLOWER
+
+    # Not each time where this machine is slow; where something else is waited for, never.
+    assert any(waits_no_longer() for _ in range(20)), waited
 
 
 @both
@@ -521,10 +528,19 @@ def test_a_silent_client_that_resets_is_forgotten(lab: Lab, version: int) -> Non
         "nft 'table inet watch { counter opened { }; chain arriving { type filter hook input priority 0;"
         f" {family} daddr {ALIAS[version].format(6)} counter name opened; }}; }}'"
     )
-    with connect(lab, version, FORGETFUL) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_BY_RESET)
-    time.sleep(2 * TIMER)
-    assert "packets 0 " in lab.gateway.host.sh("nft list counter inet watch opened; nft delete table inet watch")
+    try:
+        while True:
+            lab.gateway.host.sh("nft reset counter inet watch opened")
+            started = time.monotonic()
+            with connect(lab, version, FORGETFUL) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_BY_RESET)
+            was_quick = time.monotonic() - started < TIMER / 2
+            time.sleep(2 * TIMER)
+            if was_quick:  # else its timer may have run out before it could reset
+                break
+        assert "packets 0 " in lab.gateway.host.sh("nft list counter inet watch opened")
+    finally:
+        lab.gateway.host.sh("nft delete table inet watch")
 
 
 @both

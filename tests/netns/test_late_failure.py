@@ -28,7 +28,7 @@ from tests.netns.test_late_load import CONFIG, HOSTS
 TRANSFERS = 1000
 STRANGERS = {4: "198.18.0.1", 6: "fd00:e::1"}
 SOURCE_RATE, STRANGER_RATE, STRANGER_BURST = 1000, 2000, 4000  # what they are if the configuration does not say
-FLOOD_RATE, FLOOD_SECONDS = 8000, 25
+FLOOD_RATE, FLOOD_SECONDS = 8000, 250  # they are ended before
 GOOD = (500, 0, 0, 0)
 FILLED_BY_THE_KERNEL = ("sources", "known", "waiting", "heavy", "bound", "vanished", "genuine")
 
@@ -57,7 +57,7 @@ class Transfers:
 
     def end(self) -> tuple[int, int]:
         """Close them all; how many held, and how many broke."""
-        output, _ = self._process.communicate(timeout=60)
+        output, _ = self._process.communicate(timeout=250)
         good, broken = map(int, output.split())
         return good, broken
 
@@ -106,7 +106,7 @@ def clients(lab: Gateway, count: int, strangers: str) -> list[subprocess.Popen[s
 
 def tally(process: subprocess.Popen[str]) -> tuple[int, ...]:
     """Good, wrong, failed, echoed twice."""
-    return tuple(map(int, process.communicate(timeout=120)[0].split()))
+    return tuple(map(int, process.communicate(timeout=250)[0].split()))
 
 
 @contextmanager
@@ -208,9 +208,10 @@ def test_a_flood_of_spoofed_syns_leaves_no_state_and_takes_no_python(flooded: Ga
     assert seen.workers_cpu <= 0.03
     assert entries(flooded) == 0
     assert remembered(flooded, *FILLED_BY_THE_KERNEL) == 0
-    before = flooded.counters()["diverted"]
+    before, repeated = flooded.counters()["diverted"], flooded.repeated()
     serve_strangers(flooded, floods)
-    assert flooded.counters()["diverted"] - before < 1100, "one upcall for each real connection, unless it is repeated"
+    upcalls, repeated = flooded.counters()["diverted"] - before, flooded.repeated() - repeated
+    assert upcalls < 1100 + repeated, "one upcall for each real connection, unless it is repeated"
 
 
 @pytest.mark.parametrize("kind", ["payload", "piece"])

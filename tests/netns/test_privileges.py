@@ -14,7 +14,7 @@ import pytest
 from steerd import privileges
 from steerd.errors import SteerdError
 from steerd.model import Extension
-from tests.netns.gateway import CLIENT4, ENDPOINT4, ROOT, Gateway, gateway
+from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 
 ADMIN_AND_RAW = (1 << 12) | (1 << 13)
@@ -54,11 +54,12 @@ def steers(lab: Gateway) -> None:
     """Early, late in two segments (which takes a raw socket), for both address families."""
     assert lab.ask(Extension(1, 0), 443).startswith(f"10.64.0.0 8080 {CLIENT4} ")
     assert lab.ask(Extension(2, 0), 443, version=6).startswith("fd00:64::1 8080 ")
-    with lab.socket(None) as client:
-        client.connect((ENDPOINT4, 443))
-        client.sendall(b"GET / HTTP/1.1\r\nHost: ")
-        client.sendall(b"a.example\r\n\r\n")
-        assert client.recv(256).startswith(b"10.64.0.2 8080 ")
+    for version, endpoint, alias in ((4, ENDPOINT4, b"10.64.0.2"), (6, ENDPOINT6, b"fd00:64::2")):
+        with lab.socket(None, version=version) as client:
+            client.connect((endpoint, 443))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: ")
+            client.sendall(b"a.example\r\n\r\n")
+            assert client.recv(256).startswith(alias + b" 8080 ")
 
 
 def test_as_root_it_keeps_two_capabilities(lab: Gateway) -> None:

@@ -20,6 +20,7 @@ from steerd.model import Extension, Reason
 from steerd.telemetry.counters import Counters
 from tests.netns.gateway import ENDPOINT4, ROOT, Gateway, gateway
 from tests.netns.lab import Host
+from tests.netns.test_flood import cpu_seconds
 
 LIMITS = """
 [gateway.limits]
@@ -88,7 +89,7 @@ def test_one_client_address_keeps_two_workers_busy(lab: Gateway, version: int) -
     assert result(client_load(lab, version, 400, 1)) == (400, 0, 0)
     shares = [counters.slot(worker)[Reason.ARITHMETIC] for worker in range(2)]
     # Who asks for what was decided before, the kernel steers by itself.
-    assert sum(shares) + lab.counters()["offloaded"] == 400
+    assert 400 <= sum(shares) + lab.counters()["offloaded"] <= 400 + lab.repeated()
     assert min(shares) > 100
 
 
@@ -122,6 +123,8 @@ def test_a_killed_worker_is_replaced_and_no_connection_fails(lab: Gateway) -> No
 
 
 def test_sigkill_breaks_no_established_connection_and_the_next_start_changes_nothing(lab: Gateway) -> None:
+    assert lab.daemon is not None
+    first_start = cpu_seconds(lab.daemon.pid)
     lab.respond(("10.64.0.0", 1000, 8080), ("fd00:64::", 1000, 8080))
     connections = []
     for index in range(100):
@@ -138,7 +141,7 @@ def test_sigkill_breaks_no_established_connection_and_the_next_start_changes_not
                 connection.sendall(b"still there?")
                 if connection.recv(64) == b"still there?":
                     echoed.append(number)
-            time.sleep(0.01)  # so that it is not this load which the start is measured against
+            time.sleep(0.01)
 
     talker = threading.Thread(target=talk)
     talker.start()
@@ -147,18 +150,17 @@ def test_sigkill_breaks_no_established_connection_and_the_next_start_changes_not
     links = lab.host.sh("ip -o link")
     lab.kill()
     lab.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "the workers are gone too")
-    time.sleep(0.5)
     before = len(echoed)
-    started = time.monotonic()
+    lab.wait(lambda: len(echoed) >= before + 200, "the connections go on while the daemon is away")
     lab.start()
+    assert lab.daemon is not None
+    assert cpu_seconds(lab.daemon.pid) < 1.5 * first_start
     assert lab.ask(Extension(500, 0), 443).startswith("10.64.1.243 ")
-    took = time.monotonic() - started
-    time.sleep(0.5)
+    before = len(echoed)
+    lab.wait(lambda: len(echoed) >= before + 200, "and when it is back")
     stop.set()
     talker.join(30)
-    assert len(echoed) > before, "connections stood still while the daemon was away"
     assert set(echoed) == set(range(100))
-    assert took < 2
     assert lab.host.sh("ip -o addr") == addresses
     assert lab.host.sh("ip -o link") == links
     loaded = [event for event in lab.events() if event["event"] == "table loaded"][-1]
