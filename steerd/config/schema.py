@@ -44,7 +44,7 @@ class Metrics(Struct):
     """What monitors read."""
 
     listen: str = ""
-    """Where metrics are served for Prometheus: `127.0.0.1:9469`, or `unix:/path`. Empty: nowhere."""
+    """Where metrics are served for Prometheus: `127.0.0.1:9464`, `[::1]:9464`, or `unix:/path`. Empty: nowhere."""
 
 
 class Gateway(Struct):
@@ -55,20 +55,22 @@ class Gateway(Struct):
     run_dir: str = paths.RUN_DIR
     """Where the API listens, and what a reboot may wipe out."""
     user: Annotated[str, Meta(min_length=1)] = "steerd"
-    """Who the daemon becomes when it is started as root."""
+    """Who the daemon becomes when it is started as root, with CAP_NET_ADMIN and CAP_NET_RAW. If there is no such user,
+    or with `root`, it stays root, with no more than these."""
     workers: Annotated[int, Meta(ge=1, le=64)] = min(os.cpu_count() or 1, 64)
     """Processes that decide, each with a queue of its own. Default: one for each CPU, at most 64."""
     first_queue: Annotated[int, Meta(ge=0, le=65535)] = 21300
     """The NFQUEUE number of the first worker; the others have those that follow."""
     mark_bits: str = "8-31"
-    """Bits of the packet mark, `FIRST-LAST`, that nobody else on this machine uses: they carry decisions."""
+    """Bits of the packet mark, `FIRST-LAST`, that nobody else on this machine uses: they carry decisions. Other bits
+    are left alone, and these are clear again before any later chain sees them."""
     queue_length: Annotated[int, Meta(ge=1, le=65536 * 16)] = 4096
     """Packets that may wait for a worker."""
     # The kernel doubles what SO_RCVBUFFORCE is given, in an int; below a page not one packet would fit.
     receive_buffer: Annotated[int, Meta(ge=4096, le=(1 << 30) - 1)] = 8388608
     """Bytes of the queue's socket."""
     access_log: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
-    """0: only decisions that fail are logged; 1: every one; N: one of N."""
+    """0: only decisions that fail are logged; 1: every one, with its keys, cookies and all; N: one of N."""
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     pending: Pending = Pending()

@@ -25,14 +25,16 @@ Seconds = Annotated[int, Meta(ge=1, le=((1 << 32) - 1) // 1000)]
 
 
 class Limits(Struct, frozen=True):
-    """How many new connections get as far as a worker: per second, and at once (burst)."""
+    """How many packets that need a decision (SYNs, segments of first payloads, first datagrams) get as far as a worker:
+    per second, and at once (burst)."""
 
     source_rate: _Rate = 1000
     """One IPv4 address, or one IPv6 /64."""
     source_burst: _Rate = 2000
     """... and how many at once."""
     stranger_rate: _Rate = 2000
-    """All sources together that never completed a connection."""
+    """All sources together that never completed a connection. Beyond it, a SYN or datagram must come twice (a DNS query
+    from any port)."""
     stranger_burst: _Rate = 4000
     """... and how many at once."""
     total_rate: _Rate = 50000
@@ -65,7 +67,7 @@ class Pending(Struct, frozen=True):
     source_connections: Annotated[int, Meta(ge=1, le=1 << 20)] = 64
     """Connections of one IPv4 address, or one IPv6 /64."""
     connections: Annotated[int, Meta(ge=1, le=1 << 20)] = 4096
-    """Connections in all."""
+    """Connections in all. New ones push out the oldest, here and above."""
 
 
 class Api(Struct, frozen=True):
