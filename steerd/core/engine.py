@@ -46,6 +46,8 @@ from steerd.wire.packet import Packet
 from steerd.wire.registry import DATAGRAMS, REGISTRY, Inspect, InspectDatagrams
 
 NO_TARGET = 0
+# A named tuple's own constructor takes three times as long.
+_new = tuple.__new__
 NOT_EXTENDED = Extension(0, 0)
 
 # Reasons of what a route led to; all but the first also of what something else led to.
@@ -276,7 +278,7 @@ class Engine:
 
         extension, malformed = self._extension(service, packet)
         extended = extension.dst or (extension.src and service.routes_source_extensions)
-        reading = _read(service, packet, packet.payload) if packet.payload else _Reading({}, False, packet.src)
+        reading = _read(service, packet, packet.payload) if packet.payload else _nothing_read(packet)
         if plan.unextended is Reason.LATE and not (extended or reading.enough):
             return Decision(Outcome.LATE, Reason.LATE, NO_TARGET, plan.name, reading.keys, malformed)
         otherwise = plan.unextended
@@ -483,7 +485,8 @@ class Engine:
             refused = Reason.DRAINED
         if refused is not None:
             return Decision(plan.unmatched, refused, NO_TARGET, plan.name, keys, malformed, None, parser)
-        return Decision(Outcome.STEER, reason, target_id, plan.name, keys, malformed, None, parser)
+        steered: Decision = _new(Decision, (Outcome.STEER, reason, target_id, plan.name, keys, malformed, None, parser))
+        return steered
 
 
 def _inspector(parser: PayloadParser, watch: Watch | None) -> tuple[str, Inspect, bool]:
@@ -520,6 +523,11 @@ def _trusted(proxies: list[tuple[bytes, int]] | None) -> list[tuple[int, int, in
 def _is_trusted(proxies: list[tuple[int, int, int]], source: bytes) -> bool:
     number = int.from_bytes(source, "big")
     return any(size == len(source) and number >> shift == prefix for size, shift, prefix in proxies)
+
+
+def _nothing_read(packet: Packet) -> _Reading:
+    reading: _Reading = _new(_Reading, ({}, False, packet.src, None, ""))
+    return reading
 
 
 def _read(service: _Service, packet: Packet, payload: bytes) -> _Reading:

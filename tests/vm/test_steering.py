@@ -36,6 +36,12 @@ extension_pool = { pool = "tenants", by = "extension", port = 8080 }
 when = { "portext.dst" = 7, "portext.src" = 3 }
 target = ["10.65.0.9:same", "[fd00:65::9]:same"]
 
+[services.plain]
+endpoints = ["203.0.113.10:444/tcp", "[2001:db8::10]:444/tcp"]
+inspect = ["port-extension"]
+unextended = "unmatched"
+extension_pool = { pool = "tenants", by = "extension", port = 8080 }
+
 [services.web]
 endpoints = ["203.0.113.10:80/tcp", "[2001:db8::10]:80/tcp"]
 inspect = ["http"]
@@ -119,6 +125,18 @@ def test_steering_by_native_queue_dummy_devices_and_synproxy(new_host: Callable[
         kernel = lab.counters()
         assert kernel["diverted"] == 2 * 32 + 2 + 3
         assert kernel["refused"] == 2
+
+        # What a worker has decided before, the kernel steers by itself.
+        for version, alias in ((4, "10.64.0.8 "), (6, "fd00:64::8 ")):
+            assert lab.ask(Extension(9, 0), 444, version=version).startswith(alias)
+            lab.wait(
+                lambda: "elements" in lab.host.sh(f"nft list map inet steerd offload{version}"),  # noqa: B023
+                "the kernel was told",
+            )
+            before = lab.counters()
+            assert lab.ask(Extension(9, 0), 444, version=version).startswith(alias)
+            after = lab.counters()
+            assert (after["offloaded"], after["diverted"]) == (before["offloaded"] + 1, before["diverted"])
 
         # A reset connection's 4-tuple, asked for another target: the old translation is found out.
         source = (CLIENT4, 40000)
