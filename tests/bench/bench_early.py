@@ -2,9 +2,10 @@
 latency, and CPU time of everybody who took part.
 
 A gateway each (tests/bench/lab.py). A connection is connect, read the daemon's name (which is checked), close. To the
-first two every connection goes to one port and carries the extension of its alias:
+first three every connection goes to one port and carries the extension of its alias:
 
-- early: steerd;
+- early: steerd, whose kernel part steers by itself what a worker has decided once (steerd/core/offload.py);
+- early_upcall: steerd, asked by clients that write padding in front of the extension: every SYN goes to a worker;
 - map: `dnat to @nh,192,16 map`, written by hand for what the clients here send, and nothing else: one option, at one
   place of the header, and a rule a family. It knows no route by source, no default, no other option in front or behind,
   no option of TCP's; nothing keeps a client that reuses its port with another extension from the old target, who reads
@@ -66,6 +67,8 @@ class Kind(NamedTuple):
     system: str
     version: int
     option: bool
+    padding: bytes = b""
+    """In front of the extension."""
 
 
 def _kinds(version: int, suffix: str) -> tuple[Kind, ...]:
@@ -76,9 +79,17 @@ def _kinds(version: int, suffix: str) -> tuple[Kind, ...]:
 
 
 PEERS = ("haproxy", "nginx")
-KINDS = (*_kinds(4, ""), *(Kind(peer, peer, 4, option=False) for peer in PEERS), *_kinds(6, "6"))
+NO_OPERATIONS = b"\x01" * 4
+KINDS = (
+    *_kinds(4, ""),
+    Kind("early_upcall", "early", 4, option=True, padding=NO_OPERATIONS),
+    *(Kind(peer, peer, 4, option=False) for peer in PEERS),
+    *_kinds(6, "6"),
+)
+SYSTEMS = ("early", "map", "dnat", *PEERS)
 LABELS = {
     "early": "steerd",
+    "early_upcall": "steerd, every SYN decided",
     "map": "an nft map by hand",
     "dnat": "DNAT, a port each",
     "haproxy": "HAProxy, a port each",
@@ -88,7 +99,7 @@ LABELS = {
 
 def _start(lab: Lab) -> dict[str, Gateway]:
     """A gateway for each system, which runs."""
-    gateways = {system: lab.gateway(system) for system in LABELS}
+    gateways = {system: lab.gateway(system) for system in SYSTEMS}
     lab.steerd(gateways["early"], EXTENDED)
     _map(gateways["map"])
     lab.translate(gateways["dnat"])
@@ -119,7 +130,8 @@ def _way(kind: Kind, gateway: Gateway) -> Way:
     one_port = kind.system in ("early", "map")
     port, ports = (ENDPOINT_PORT, 1) if one_port else (FIRST_TRANSLATED_PORT, DAEMONS.size)
     option, at = extension_option(kind.version) if kind.option else (b"", 0)
-    return Way(gateway, kind.version, port, ports, option=option, option_at=at)
+    at += len(kind.padding)
+    return Way(gateway, kind.version, port, ports, option=kind.padding + option, option_at=at)
 
 
 def run(console: Console) -> Result:
@@ -156,6 +168,8 @@ def run(console: Console) -> Result:
     for theirs in ("dnat", "map", "haproxy", "nginx", "dnat_no_option"):
         ratios[f"early/{theirs}"] = report.rate_ratio(throughput, "early", theirs)
         ratios[f"early/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, "early", theirs)
+    ratios["early_upcall/dnat"] = report.rate_ratio(throughput, "early_upcall", "dnat")
+    ratios["early_upcall/dnat_per_cpu_second"] = report.cpu_ratio(throughput, "early_upcall", "dnat")
     for theirs in ("dnat6", "map6", "dnat6_no_option"):
         ratios[f"early6/{theirs}"] = report.rate_ratio(throughput, "early6", theirs)
         ratios[f"early6/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, "early6", theirs)
