@@ -42,8 +42,9 @@ def main(names: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for name in names or scenarios():
         console.rule(f"bench {name}")
+        before = results.used()
         result = importlib.import_module(f"tests.bench.bench_{name}").run(console)
-        found = results.document(result)
+        found = results.document(result, results.cores_of_others(before, results.used()))
         results.store(found)
         print(results.line(found), flush=True)
     _plot()

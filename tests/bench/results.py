@@ -19,9 +19,10 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.bench import plot
 from tests.bench.scenario import Result, Spread, is_quick
@@ -41,7 +42,8 @@ _HEAD = """\
 Made from the JSON files here by `python -m tests.bench --plots`; each scenario's file `tests/bench/bench_NAME.py` says
 what it does and where the time goes. Everything ran in network namespaces on one machine: ratios of one run mean
 something, absolute figures mean little. Ratios are medians of rounds in turn (A B A B ...), with the lowest and the
-highest round.
+highest round. Where others used the machine meanwhile, only `..._per_cpu_second` means something: what is done for each
+second of CPU time of client, server and system under test together.
 """
 
 
@@ -50,12 +52,37 @@ def directory() -> Path:
     return ROOT / "build" / "bench" if is_quick() else Path(__file__).parent / "results"
 
 
-def document(result: Result) -> dict[str, Any]:
-    """A result as it is in its JSON file. Spreads are objects with `median`, `lowest` and `highest`."""
+class Used(NamedTuple):
+    """Seconds up to a moment."""
+
+    at: float
+    cpu: float
+    """Of all cores."""
+    ours: float
+    """Of this process and of those that it has waited for."""
+
+
+def used() -> Used:
+    """Up to now."""
+    user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    ours = os.times()
+    ticks = user + nice + system + irq + softirq
+    return Used(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(ours[:4]))
+
+
+def cores_of_others(before: Used, after: Used) -> float:
+    """How many cores everybody else has used in between, about: a killed daemon's workers are taken for others."""
+    others = (after.cpu - before.cpu) - (after.ours - before.ours)
+    return max(0.0, others / (after.at - before.at))
+
+
+def document(result: Result, others: float) -> dict[str, Any]:
+    """A result as it is in its JSON file. Spreads are objects with `median`, `lowest` and `highest`. `others`: cores
+    that were used by others meanwhile."""
     return {
         "scenario": result.scenario,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": _machine() | {"cores_of_others": round(others, 2)},
         "versions": _versions(),
         "goals": [goal._asdict() for goal in result.goals],
         "ratios": {name: _value(value, 4) for name, value in result.ratios.items()},
@@ -107,8 +134,10 @@ def page(documents: Iterable[Mapping[str, Any]]) -> str:
         text += "\n## Goals\n\n| scenario | ratio | goal | measured | |\n|---|---|---|---|---|\n" + "".join(goals)
     for found in documents:
         machine, versions = found["machine"], found["versions"]
+        others = machine.get("cores_of_others")  # older results do not say
         text += (
-            f"\n## {found['scenario']}\n\n{found['date'][:10]}; {machine['cpu']}, {machine['cores']} cores,"
+            f"\n## {found['scenario']}\n\n{found['date'][:10]}; {machine['cpu']}, {machine['cores']} cores"
+            f"{'' if others is None else f' ({others:.1f} of them used by others meanwhile)'},"
             f" {machine['memory_mb'] // 1024} GB; Linux {machine['kernel']}, {machine['system']};"
             f" {', '.join(f'{name} {version}' for name, version in versions.items())}\n\n"
         )

@@ -22,12 +22,12 @@ RESULT = Result(
 
 def stored() -> dict[str, object]:
     """As it is read from the file."""
-    found: dict[str, object] = json.loads(json.dumps(results.document(RESULT)))
+    found: dict[str, object] = json.loads(json.dumps(results.document(RESULT, 0.25)))
     return found
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    chart = json.loads(json.dumps(results.document(RESULT)))["charts"][0]
+    chart = json.loads(json.dumps(results.document(RESULT, 0.25)))["charts"][0]
     root = ET.fromstring(plot.draw(chart))
     short, long = (float(bar.attrib["width"]) for bar in root.iter(f"{SVG}rect"))
     assert long == plot.LONGEST and short == long / 4
@@ -52,8 +52,8 @@ def test_the_page_says_which_goals_are_missed() -> None:
 
 
 def test_a_document_says_where_it_was_measured() -> None:
-    found = results.document(RESULT)
-    assert {"cpu", "cores", "memory_mb", "kernel", "system", "niceness"} == set(found["machine"])
+    found = results.document(RESULT, 0.25)
+    assert {"cpu", "cores", "memory_mb", "kernel", "system", "niceness", "cores_of_others"} == set(found["machine"])
     assert {"python", "nft", "steerd"} <= set(found["versions"])
     assert found["date"].endswith("+00:00")
 
@@ -62,3 +62,9 @@ def test_clients_have_cores_of_their_own_where_there_are_enough() -> None:
     assert placement([0, 1, 2, 3, 4, 5], 64) == ([4, 5], [0, 1, 2, 3])
     assert placement([0, 1], 64) == ([0, 1], [0, 1])
     assert placement([0, 1, 2, 3], 1) == ([0], [0])
+
+
+def test_what_others_used_is_what_was_not_ours() -> None:
+    before = results.Used(at=10, cpu=100, ours=5)
+    assert results.cores_of_others(before, results.Used(at=20, cpu=118, ours=8)) == 1.5
+    assert results.cores_of_others(before, results.Used(at=20, cpu=101, ours=8)) == 0
