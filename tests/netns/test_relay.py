@@ -65,7 +65,7 @@ class Lab:
         listener.bind(f"\0{name[1:]}" if name[0] == "@" else self.path(name))
         if kind != socket.SOCK_DGRAM:
             listener.listen(2000)
-        listener.settimeout(15)
+        listener.settimeout(60)
         return listener
 
     def connect(self, host: str, version: int, port: int = 80) -> tuple[socket.socket, bytes]:
@@ -78,14 +78,14 @@ class Lab:
 
     def accept(self, listener: socket.socket) -> socket.socket:
         daemon = self.stack.enter_context(listener.accept()[0])
-        daemon.settimeout(15)
+        daemon.settimeout(60)
         return daemon
 
     def take(self, channel: socket.socket) -> tuple[bytes, socket.socket]:
         """What a daemon is handed over: the message, and the connection."""
         data, descriptors, _, _ = socket.recv_fds(channel, 1000, 1)
         daemon = self.stack.enter_context(socket.socket(fileno=descriptors[0]))
-        daemon.settimeout(15)
+        daemon.settimeout(60)
         return data, daemon
 
     def pair(self, host: str, version: int, listener: socket.socket) -> tuple[socket.socket, socket.socket]:

@@ -56,7 +56,7 @@ class Behind:
         self.version = version
         self.port = free_port(version)
         self.socket = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
-        self.socket.settimeout(15)
+        self.socket.settimeout(60)
         self._stack = stack
         self._backlog = backlog
         if is_there:
@@ -75,13 +75,13 @@ class Behind:
     def connect(self) -> socket.socket:
         family = socket.AF_INET if self.version == 4 else socket.AF_INET6
         client = self._stack.enter_context(socket.socket(family))
-        client.settimeout(15)
+        client.settimeout(60)
         client.connect((ANY[self.version], self.port))
         return client
 
     def accept(self) -> socket.socket:
         daemon = self._stack.enter_context(self.socket.accept()[0])
-        daemon.settimeout(15)
+        daemon.settimeout(60)
         return daemon
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
@@ -358,7 +358,7 @@ class Taker:
         data, descriptors, _, _ = socket.recv_fds(self._channel, 4096, 10)
         assert len(descriptors) == 1
         connection = self._stack.enter_context(socket.socket(fileno=descriptors[0]))
-        connection.settimeout(15)
+        connection.settimeout(60)
         return data, connection
 
 
@@ -405,7 +405,7 @@ def test_a_daemon_that_takes_connections_may_start_anew(
     with contextlib.suppress(ConnectionResetError):
         assert is_reset(behind.connect())
     behind.socket = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    behind.socket.settimeout(15)
+    behind.socket.settimeout(60)
     behind.appear()
     client = behind.connect()
     _, daemon = Taker(stack, behind).take()
@@ -426,13 +426,13 @@ def test_a_thousand_daemons(relay: RelayProcess, stack: contextlib.ExitStack, tm
         )
         daemon.bind(f"{tmp_path}/{number}")
         daemon.listen(5)
-        daemon.settimeout(15)
+        daemon.settimeout(60)
         daemons.append(daemon)
         lines.append({"address": address, "port": port, "kind": kind, "path": f"{tmp_path}/{number}"})
     assert relay.listen(*lines) == {}
     clients = []
     for address in addresses:
-        client = stack.enter_context(socket.create_connection((address, port), timeout=15))
+        client = stack.enter_context(socket.create_connection((address, port), timeout=60))
         client.sendall(f"to {address}".encode())
         clients.append(client)
     for number, (address, daemon) in enumerate(zip(addresses, daemons, strict=True)):
@@ -440,7 +440,7 @@ def test_a_thousand_daemons(relay: RelayProcess, stack: contextlib.ExitStack, tm
         if number % 2 == 0:
             _, descriptors, _, _ = socket.recv_fds(connection, 100, 1)
             connection = stack.enter_context(socket.socket(fileno=descriptors[0]))
-        connection.settimeout(15)
+        connection.settimeout(60)
         assert connection.recv(100) == f"to {address}".encode()
     # Idle connections: two descriptors each, and no pipe.
     assert relay.descriptors() < 1000 + 500 * 2 + 500 + 100
@@ -527,7 +527,7 @@ def test_when_the_main_process_ends_it_ends_with_its_last_connection(
     behind.socket.close()
     client.close()
     daemon.close()
-    assert relay.process.wait(15) == 0
+    assert relay.process.wait(60) == 0
 
 
 def test_it_keeps_no_privilege_but_to_bind(relay: RelayProcess) -> None:
@@ -551,7 +551,7 @@ def test_many_short_connections(relay: RelayProcess, stack: contextlib.ExitStack
     thread = threading.Thread(target=serve)
     thread.start()
     for number in range(500):
-        with socket.create_connection((ANY[4], behind.port), timeout=15) as client:
+        with socket.create_connection((ANY[4], behind.port), timeout=60) as client:
             client.sendall(b"client %d" % number)
             assert read_all(client) == b"CLIENT %d" % number
     thread.join()
