@@ -46,6 +46,7 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
                    daemons, puts them to sleep), liveness (which of several targets listens)
     orders.py      what a worker is told when it is started
     shared.py      how files in shared memory are made and mapped
+    nursery.py     the process that workers are forked from
     worker.py      one queue, one process, the hot loop
     late.py        the half of a worker that is about first payloads
     datagram.py    the half of a worker that is about datagrams
@@ -72,10 +73,11 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
 Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and
 model; core sees wire and model; wire sees model.
 
-**Two kinds of process.** The main process owns the configuration, the registry, the aliases and the table. It starts
-one worker for each queue, and again if it dies. A worker owns nothing that must survive it. Kill any of them at any
-time: established connections do not notice, new ones wait for a repeated SYN. Where daemons listen on unix sockets
-there is a third kind, the relay (steerd.relay), and only what it copies depends on it.
+**Two kinds of process.** The main process owns the configuration, the registry, the aliases and the table. It has one
+worker for each queue, forked by a nursery (steerd.nursery) that does nothing else, and again if it dies. A worker owns
+nothing that must survive it. Kill any of them at any time: established connections do not notice, new ones wait for a
+repeated SYN. Where daemons listen on unix sockets there is a third kind, the relay (steerd.relay), and only what it
+copies depends on it.
 
 **A daemon that sleeps** is started by the first connection to it. The worker that finds its door shut
 (steerd.core.wake) holds the connection and asks the main process, whose part steerd.main.waker starts the unit or

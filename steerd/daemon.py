@@ -37,6 +37,7 @@ from steerd.main.epochs import Epochs
 from steerd.main.liveness import Liveness
 from steerd.main.lock import take_lock
 from steerd.main.machine import Machine
+from steerd.main.nursery import Nursery
 from steerd.main.relay import Keeper
 from steerd.main.reload import Reloader
 from steerd.main.table import Table, hold_file
@@ -85,6 +86,8 @@ class Daemon:
         self._lock = take_lock(gateway.run_dir)
         self._log = logs.configure(process="main", style=gateway.log.format)
         self._announcer = Announcer(self._status, self._log)
+        # It takes its time until a worker can be had, and need not take ours.
+        self._nursery = Nursery()
         self._states = States.create(gateway.run_dir, gateway.mark.highest_id)
         self._registry = Registry(gateway.state_dir, _LeaseEffects(self), _RelayEffects(self), self._states)
         if config.relayed:
@@ -99,7 +102,7 @@ class Daemon:
         self._liveness = Liveness(self._states)
         self._waker = Waker(config, self._registry.reader(), self._log)
         self._claims = Collector(gateway.run_dir, self._registry.sessions)
-        self._workers = Workers(gateway, self._counters, self._registry, self._log)
+        self._workers = Workers(gateway, self._nursery, self._counters, self._registry, self._log)
         self._reloader = Reloader(self._in_force, self._put_in_force, self._registry, self._announcer, self._log)
         self._machine = Machine(
             self._in_force, self._counters, self._states, self._epochs, self._workers, self._reloader, self._log
@@ -171,6 +174,7 @@ class Daemon:
         for task in (announcing, stop, *tasks):
             task.cancel()
         await asyncio.gather(announcing, stop, *tasks, return_exceptions=True)
+        self._nursery.close()
         await self._api.stop()
         if self._monitor is not None:
             await self._monitor.stop()

@@ -1,5 +1,16 @@
-"""What the main process and a worker say to each other when the worker starts; from then on they share the registry,
-the counters and the other files of state_dir and run_dir, and say nothing."""
+"""What the main process, the nursery and a worker say to each other when a worker starts; from then on main process and
+worker share the registry, the counters and the other files of state_dir and run_dir, and say nothing.
+
+The main process sends the nursery one order a datagram, as JSON; with `Start` comes the writing end of a pipe, on which
+it is told of this worker, a line each:
+
+    born PID      by the nursery
+    ready         by the worker: its queue is bound
+    ended STATUS  by the nursery: exit status, or minus the number of the signal
+
+The end of the pipe without `ended` is the end of the nursery, and of all its workers. The end of the orders is that of
+the main process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +19,6 @@ import msgspec
 from steerd.telemetry import logs
 
 READY = b"ready\n"
-"""The worker's only line on standard output: its queue is bound."""
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
@@ -22,4 +32,32 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     run_dir: str
     counters: str
     log_format: logs.Format
-    main_pid: int
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Have a worker."""
+
+    settings: WorkerSettings
+
+
+class Kill(msgspec.Struct, frozen=True, tag=True):
+    """End a worker, if it has not ended."""
+
+    pid: int
+
+
+def born(pid: int) -> bytes:
+    return f"born {pid}\n".encode()
+
+
+def ended(status: int) -> bytes:
+    return f"ended {status}\n".encode()
+
+
+def number(line: bytes) -> int:
+    """The number in one of these two."""
+    return int(line.split()[1])
+
+
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Start | Kill).decode

@@ -1,4 +1,4 @@
-"""A worker: one queue, one process, the hot loop. `python -m steerd.worker SETTINGS` (JSON), started by the daemon.
+"""A worker: one queue, one process, the hot loop; forked by steerd.nursery.
 
 It owns nothing that must outlive it. The registry and the counters are the main process's; established connections
 are the kernel's. So it may be killed at any moment, and packets that waited for its verdict are sent again by clients.
@@ -6,18 +6,13 @@ are the kernel's. So it may be killed at any moment, and packets that waited for
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-import msgspec
 
 from steerd.control.claims import Claimant
 from steerd.control.doors import Visitor
@@ -335,27 +330,14 @@ class Worker:
             self._log.error("packet dropped", why=text)
 
 
-def _die_with(main_pid: int) -> None:
-    """A queue has one owner: a worker without its main process would keep the next one's workers out."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != main_pid:
-        sys.exit(0)
-
-
-def main() -> None:
-    """Bind, say so on standard output, and serve."""
-    settings = msgspec.json.decode(sys.argv[1], type=WorkerSettings)
-    _die_with(settings.main_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+def serve(settings: WorkerSettings, pipe: int) -> int:
+    """Bind, say so on the pipe, and serve for ever; returns an exit status if it cannot."""
     try:
         worker = Worker(settings)
     except SteerdError as error:
         log = logs.configure(process=f"worker-{settings.index}", style=settings.log_format)
         log.error("worker cannot start", why=str(error))
-        sys.exit(1)
-    os.write(sys.stdout.fileno(), READY)
+        return 1
+    os.write(pipe, READY)
     worker.run()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

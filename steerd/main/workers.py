@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 
-import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from steerd.config import Gateway
 from steerd.control.registry import Registry
 from steerd.errors import KernelError
-from steerd.kernel import python, queue
+from steerd.kernel import queue
 from steerd.main import back_off
 from steerd.main.back_off import BackOff
-from steerd.orders import READY, WorkerSettings
+from steerd.main.nursery import Nursery
+from steerd.orders import WorkerSettings
 from steerd.telemetry.counters import Counters, Extra
 
 _QUEUE_REPORT_SECONDS = 60.0
@@ -25,8 +24,11 @@ class Workers:
     """All workers of this process, by their indices 0 .. `count` - 1. What they need of the configuration stays the
     same over reloads (main.reload.FIXED)."""
 
-    def __init__(self, gateway: Gateway, counters: Counters, registry: Registry, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, gateway: Gateway, nursery: Nursery, counters: Counters, registry: Registry, log: FilteringBoundLogger
+    ) -> None:
         self._gateway = gateway
+        self._nursery = nursery
         self._counters = counters
         self._registry = registry
         self._log = log
@@ -52,34 +54,28 @@ class Workers:
     async def keep(self, index: int) -> None:
         """Start a worker, and again whenever it dies. A cancelled task takes its worker with it."""
         settings = self._settings(index)
-        argument = msgspec.json.encode(settings).decode()
         pauses = BackOff()
         while True:
             born = time.monotonic()
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *python.command("steerd.worker", argument), stdout=asyncio.subprocess.PIPE
-                )
+                worker = await self._nursery.start(settings)
             except OSError as error:  # no memory or no process to be had: that may pass
                 self._log.error("worker cannot be started", worker=index, why=str(error))
                 await asyncio.sleep(back_off.LONGEST_SECONDS)
                 continue
             try:
-                assert process.stdout is not None
-                if await process.stdout.readline() == READY:
-                    self._log.info("worker bound", worker=index, queue=settings.queue, pid=process.pid)
+                if await worker.is_ready():
+                    self._log.info("worker bound", worker=index, queue=settings.queue, pid=worker.pid)
                     self.bound.add(index)
                     self._began[index].set()
-                status = await process.wait()
+                status = await worker.end()
             finally:
                 self.bound.discard(index)
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
+                await worker.kill()
             # A killed worker leaves its reader's slot behind, and with it every page that it could still have read.
             self._registry.forget_dead_readers()
             pause = pauses.after(time.monotonic() - born)
-            self._log.warning("worker died", worker=index, pid=process.pid, status=status, again_in_seconds=pause)
+            self._log.warning("worker died", worker=index, pid=worker.pid, status=status, again_in_seconds=pause)
             await asyncio.sleep(pause)
             self._counters.slot(index)[Extra.RESTARTS] += 1
 
@@ -94,7 +90,6 @@ class Workers:
             run_dir=gateway.run_dir,
             counters=str(self._counters.path),
             log_format=gateway.log.format,
-            main_pid=os.getpid(),
         )
 
     async def keep_watching_queues(self) -> None:

@@ -121,13 +121,15 @@ class Gateway:
     directory: Path
     servers: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
     system: subprocess.Popen[str] | None = None
-    """The system under test: this process and its children; None: nothing but the kernel."""
+    """The system under test: this process and all below it; None: nothing but the kernel."""
 
     def system_pids(self) -> list[str]:
         if self.system is None:
             return []
-        pid = self.system.pid
-        return [str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        pids = [str(self.system.pid)]
+        for pid in pids:  # grows: steerd's workers are its nursery's children
+            pids += Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return pids
 
 
 class Way(NamedTuple):

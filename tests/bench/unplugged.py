@@ -108,9 +108,7 @@ class Unplugged:
         self._counters.log = LogSwitch(logging.INFO, 0)
         self._states = States.create(str(run), HIGHEST_ID)
         self._porter = Porter(str(run))
-        self.worker = Worker(
-            WorkerSettings(0, 100, 4096, 1 << 20, directory, str(run), str(run / "counters"), "json", os.getpid())
-        )
+        self.worker = Worker(WorkerSettings(0, 100, 4096, 1 << 20, directory, str(run), str(run / "counters"), "json"))
         verdicts: Any = _Netlink()
         self.worker._queue._netlink = verdicts
         gc.collect()

@@ -390,9 +390,11 @@ def _alias(first: str, index: int) -> str:
 
 def _memory(process: subprocess.Popen[str]) -> int:
     """Proportional set size of the daemon and its workers, in bytes (`ip netns exec` has become the daemon)."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    pids = [str(process.pid)]
+    for pid in pids:  # grows: workers are the nursery's children
+        pids += Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     total = 0
-    for pid in [str(process.pid), *children]:
+    for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024

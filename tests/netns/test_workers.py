@@ -122,6 +122,18 @@ def test_a_killed_worker_is_replaced_and_no_connection_fails(lab: Gateway) -> No
     assert lab.count_events("worker died") == 3
 
 
+def test_a_killed_nursery_is_replaced_with_its_workers(lab: Gateway) -> None:
+    lab.respond(("10.64.0.0", 1000, 8080))
+    lab.expected_warnings = ["worker died"]
+    before = pids(lab)
+    nursery = Path(f"/proc/{before[0]}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(nursery), signal.SIGKILL)
+    lab.wait(lambda: all(pids(lab)[worker] != pid for worker, pid in before.items()), "other workers are bound")
+    lab.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before.values()), "the former ones are gone")
+    assert result(client_load(lab, 4, 200, 1)) == (200, 0, 0)
+    assert lab.count_events("worker died") == 2
+
+
 def test_sigkill_breaks_no_established_connection_and_the_next_start_changes_nothing(lab: Gateway) -> None:
     assert lab.daemon is not None
     first_start = cpu_seconds(lab.daemon.pid)

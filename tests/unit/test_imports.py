@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "telemetry",
     },
     "worker": EVERYTHING,
+    "nursery": EVERYTHING,
     "daemon": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

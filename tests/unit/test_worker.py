@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import json
 import logging
-import os
 import struct
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import structlog
 
@@ -169,7 +167,7 @@ class Lab:
         monkeypatch.setattr(late, "Conntrack", StandInConntrack)
         self.bind_errors: list[Exception] = []
         self.settings = WorkerSettings(
-            0, 100, 1000, 100000, str(directory), str(directory), str(directory / "counters"), "json", os.getpid()
+            0, 100, 1000, 100000, str(directory), str(directory), str(directory / "counters"), "json"
         )
         self.counters.log = LogSwitch(logging.INFO, access_log)
 
@@ -495,14 +493,6 @@ def test_a_queue_that_stays_taken_is_given_up(stopped: Lab, monkeypatch: pytest.
     with pytest.raises(KernelError, match=r"^NFQUEUE 100 cannot be bound$"):
         stopped.start()
     assert 1 < 100 - len(stopped.bind_errors) < 10
-
-
-def test_a_worker_whose_main_process_is_gone_ends_by_itself(lab: Lab) -> None:
-    """It asks for the signal first and looks then, so that no moment is left in between."""
-    argument = msgspec.json.encode(msgspec.structs.replace(lab.settings, main_pid=1)).decode()
-    command = [sys.executable, "-m", "steerd.worker", argument]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 # ---- datagrams ----
