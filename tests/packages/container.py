@@ -25,7 +25,7 @@ PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "init-system-helpers", "python3", "python3-venv", "polkitd", "nftables",
     "iptables", "iproute2", "procps", "libnetfilter-queue1", "libstdc++6",
 )  # fmt: skip
-_BOOT_SECONDS = 60
+_PATIENCE = 240
 
 
 def base() -> Path:
@@ -93,7 +93,7 @@ class Container(Host):
         self.wait(is_there, "systemd is there")
         return int(found[0])
 
-    def wait(self, condition: Callable[[], object], what: str, seconds: float = _BOOT_SECONDS) -> None:
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = _PATIENCE) -> None:
         """Until `condition` holds; fails with what the container said."""
         deadline = time.monotonic() + seconds
         while not condition():

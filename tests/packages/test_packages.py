@@ -1,7 +1,7 @@
 """The package, installed in a clean Debian with a real systemd: start, reload, watchdog, upgrade, stop, remove, purge,
 while connections are steered; then the same machine with an installation by pip and `steerd setup`.
 
-The tests of a module run in their order, on one machine, and each goes on where the one before has ended.
+One machine serves all tests of a module; each puts it into the state that it needs.
 """
 
 from __future__ import annotations
@@ -22,30 +22,19 @@ import pytest
 
 from steerd.model import Extension
 from tests.netns.conftest import hosts
-from tests.netns.gateway import CLIENT4, ENDPOINT4, ENDPOINT6, ROOT, Gateway
+from tests.netns.gateway import ENDPOINT4, ROOT, Gateway
 from tests.netns.lab import Host, sh
+from tests.netns.test_privileges import ADMIN_AND_RAW, CONFIG, steers
 from tests.packages.container import Container
 
-ADMIN_AND_RAW = (1 << 12) | (1 << 13)
-CONFIG = """
-[gateway]
-workers = 2
-
-[pools.tenants]
-prefixes = ["10.64.0.0/28", "fd00:64::/124"]
-
-[services.web]
-endpoints = ["203.0.113.10:443/tcp", "[2001:db8::10]:443/tcp"]
-inspect = ["port-extension", "http"]
-extension_pool = { pool = "tenants", by = "extension", port = 8080 }
-routes = [{ when = { http.host = "a.example" }, target = ["10.64.0.2:8080", "[fd00:64::2]:8080"] }]
-"""
+VERSION = "0.1.0"
 
 
 class Machine(Gateway):
     """A gateway in a container, whose daemon is a service."""
 
     host: Container
+    _has_daemons = False
 
     def service(self, name: str) -> str:
         return self.host.run("systemctl", "show", "--value", f"--property={name}", "steerd").strip()
@@ -65,21 +54,21 @@ class Machine(Gateway):
             "steerd.service is active",
         )
 
-    def request(self, version: int) -> bytes:
-        """What a daemon answers to a first payload of two segments."""
-        with self.socket(None, version=version) as client:
-            client.connect((ENDPOINT4 if version == 4 else ENDPOINT6, 443))
-            client.sendall(b"GET / HTTP/1.1\r\nHost: ")
-            time.sleep(0.05)
-            client.sendall(b"a.example\r\n\r\n")
-            return client.recv(256)
+    def version(self) -> str:
+        """Of the package that is installed; none if none is."""
+        query = "dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", "steerd"
+        return self.host.try_run(*query).stdout.partition("installed ")[2]
 
-    def steers(self) -> None:
-        """Early and late, for both address families."""
-        assert self.ask(Extension(1, 0), 443).startswith(f"10.64.0.0 8080 {CLIENT4} ")
-        assert self.ask(Extension(2, 0), 443, version=6).startswith("fd00:64::1 8080 ")
-        assert self.request(4).startswith(b"10.64.0.2 8080 ")
-        assert self.request(6).startswith(b"fd00:64::2 8080 ")
+    def have_daemons(self) -> None:
+        """On all aliases, from when there are aliases on."""
+        if not self._has_daemons:
+            self.respond(("10.64.0.0", 16, 8080), ("fd00:64::", 16, 8080))
+            self._has_daemons = True
+
+    def takes(self, text: str) -> None:
+        """Put a configuration in force."""
+        self.write_config(text)
+        self.host.run("systemctl", "reload", "steerd")
 
 
 @contextlib.contextmanager
@@ -142,11 +131,31 @@ def install(machine: Machine, package: Path) -> str:
     return machine.host.run("dpkg", "--force-confold", "-i", "/root/package.deb")
 
 
+@pytest.fixture
+def running(machine: Machine, package: Path) -> Machine:
+    """With a package, CONFIG in force, and daemons: whatever the test before has left."""
+    if not machine.version():
+        without(machine)
+        install(machine, package)
+    machine.host.run("systemctl", "reset-failed", "steerd")
+    machine.host.run("systemctl", "start", "steerd")
+    machine.wait_active()
+    machine.takes(CONFIG)
+    machine.have_daemons()
+    return machine
+
+
+def without(machine: Machine) -> None:
+    """Nothing of steerd, neither the package nor what pip has installed."""
+    machine.host.run("dpkg", "-P", "steerd")
+    machine.host.run("rm", "-rf", "/opt/steerd", "/etc/steerd")
+
+
 def test_what_is_in_it(package: Path) -> None:
     control = dict(
         line.split(": ", 1) for line in sh(f"dpkg-deb -f {package}").splitlines() if not line.startswith(" ")
     )
-    assert (control["Package"], control["Version"]) == ("steerd", "0.1.0")
+    assert (control["Package"], control["Version"]) == ("steerd", VERSION)
     assert {"nftables", "systemd", "libnetfilter-queue1"} <= set(re.findall(r"[a-z][\w.+-]+", control["Depends"]))
     listing = [line.split(maxsplit=5) for line in sh(f"dpkg-deb -c {package}").splitlines()]
     files = {path.split(" -> ")[0].removeprefix(".").rstrip("/"): mode for mode, _, _, _, _, path in listing}
@@ -178,9 +187,10 @@ def test_nothing_in_it_names_the_place_where_it_was_built(package: Path, tmp_pat
 
 
 def test_installed_it_runs_as_its_user_with_two_capabilities(machine: Machine, package: Path) -> None:
+    without(machine)
     install(machine, package)
     machine.wait_active()
-    assert machine.host.run("steerd", "--version") == "steerd 0.1.0\n"
+    assert machine.host.run("steerd", "--version") == f"steerd {VERSION}\n"
     assert machine.host.run("steerd", "check") == "ok\n"
     uid = machine.host.run("id", "-u", "steerd").strip()
     assert uid != "0"
@@ -194,23 +204,32 @@ def test_installed_it_runs_as_its_user_with_two_capabilities(machine: Machine, p
     assert "0 services" in machine.service("StatusText")
 
 
-def test_a_reload_puts_a_new_file_in_force_and_refuses_a_bad_one(machine: Machine) -> None:
-    machine.write_config(CONFIG.replace("workers = 2\n", ""))
-    machine.host.run("systemctl", "reload", "steerd")
+def test_systemd_finds_its_sandbox_tight(running: Machine) -> None:
+    said = running.host.run("systemd-analyze", "security", "--no-pager", "steerd.service")
+    found = re.search(r"Overall exposure level for steerd\.service: ([\d.]+)", said)
+    assert found, said
+    print(found[0])
+    assert float(found[1]) < 2.0, said
+
+
+def test_a_reload_puts_a_new_file_in_force_and_refuses_a_bad_one(running: Machine) -> None:
+    machine = running
+    machine.takes("")
+    assert "0 services" in machine.service("StatusText")
+    machine.takes(CONFIG)
     assert "1 services" in machine.service("StatusText")
-    machine.respond(("10.64.0.0", 16, 8080), ("fd00:64::", 16, 8080))
-    machine.steers()
+    steers(machine)
     machine.write_config("[services")
     done = machine.host.try_run("systemctl", "reload", "steerd")
     assert done.returncode != 0
     assert "/etc/steerd/steerd.toml: " in machine.journal()
     assert machine.service("ActiveState") == "active"
-    machine.steers()
-    machine.write_config(CONFIG.replace("workers = 2\n", ""))
-    machine.host.run("systemctl", "reload", "steerd")
+    steers(machine)
+    machine.takes(CONFIG)
 
 
-def test_inside_the_sandbox_it_sets_sysctls_and_mends_its_table(machine: Machine) -> None:
+def test_inside_the_sandbox_it_sets_sysctls_and_mends_its_table(running: Machine) -> None:
+    machine = running
     machine.host.run("sysctl", "-qw", "net.ipv4.tcp_timestamps=0")
     machine.host.wait(
         lambda: machine.host.run("sysctl", "-n", "net.ipv4.tcp_timestamps") == "1\n", "the sysctl is set back"
@@ -219,31 +238,37 @@ def test_inside_the_sandbox_it_sets_sysctls_and_mends_its_table(machine: Machine
     machine.host.wait(lambda: "rules of steerd were removed by somebody; they are back" in machine.journal(), "mended")
     machine.host.run("ip", "address", "flush", "dev", "steer0")
     machine.host.wait(lambda: "aliases were removed by somebody; they are back" in machine.journal(), "mended")
-    machine.steers()
+    steers(machine)
     assert "nobody will say when queues overflow" not in machine.journal()
 
 
-def test_the_watchdog_starts_it_again_when_it_hangs(machine: Machine) -> None:
+def test_the_watchdog_starts_it_again_when_it_hangs(running: Machine) -> None:
+    machine = running
     drop_in = machine.host.root / "etc/systemd/system/steerd.service.d/quick.conf"
-    drop_in.parent.mkdir()
-    drop_in.write_text("[Service]\nWatchdogSec=3s\n")
-    machine.host.run("systemctl", "daemon-reload")
-    machine.host.run("systemctl", "restart", "steerd")
-    machine.wait_active()
-    before = machine.main()
-    time.sleep(4)
-    assert machine.main() == before, "one that lives is left alone"
-    with connection(machine):
-        machine.host.run("kill", "-STOP", str(before))
-        machine.wait_active(other_than=before)
-        machine.steers()
-    assert machine.service("NRestarts") == "1"
-    drop_in.unlink()
-    drop_in.parent.rmdir()
-    machine.host.run("systemctl", "daemon-reload")
+    drop_in.parent.mkdir(exist_ok=True)
+    drop_in.write_text("[Service]\nWatchdogSec=5s\n")
+    try:
+        machine.host.run("systemctl", "daemon-reload")
+        machine.host.run("systemctl", "restart", "steerd")
+        machine.wait_active()
+        before = machine.main()
+        time.sleep(6)
+        assert machine.main() == before, "one that lives is left alone"
+        with connection(machine):
+            machine.host.run("kill", "-STOP", str(before))
+            machine.wait_active(other_than=before)
+            steers(machine)
+        assert machine.service("NRestarts") == "1"
+    finally:
+        shutil.rmtree(drop_in.parent)
+        machine.host.run("systemctl", "daemon-reload")
 
 
-def test_an_upgrade_under_load_loses_no_connection(machine: Machine, newer: Path) -> None:
+def test_an_upgrade_under_load_loses_no_connection(running: Machine, package: Path, newer: Path) -> None:
+    machine = running
+    if machine.version() != VERSION:
+        install(machine, package)
+        machine.wait_active()
     before = machine.main()
     with contextlib.ExitStack() as open_ones, subprocess.Popen(
         machine.client.command(sys.executable, "-m", "tests.packages.load"), stdin=subprocess.PIPE,
@@ -253,27 +278,29 @@ def test_an_upgrade_under_load_loses_no_connection(machine: Machine, newer: Path
             open_ones.enter_context(connection(machine))
         install(machine, newer)
         machine.wait_active(other_than=before)
-        machine.steers()
+        steers(machine)
         said, _ = load.communicate("", timeout=120)
     counts = json.loads(said)
     assert counts["wrong"] == 0
     assert counts["failed"] == 0
     assert counts["right"] > 20
-    assert machine.host.run("dpkg-query", "-W", "-f", "${Version}", "steerd") == "0.1.0+1"
+    assert machine.version() == f"{VERSION}+1"
     assert "services.web" in (machine.host.root / "etc/steerd/steerd.toml").read_text(), "it is the operator's"
 
 
-def test_a_stop_keeps_what_is_steered(machine: Machine) -> None:
+def test_a_stop_keeps_what_is_steered(running: Machine) -> None:
+    machine = running
     with connection(machine):
         machine.host.run("systemctl", "stop", "steerd")
         assert machine.service("Result") == "success"
         assert machine.host.try_run("pgrep", "-u", "steerd").stdout == ""
         machine.host.run("nft", "list", "table", "inet", "steerd")
     machine.host.run("systemctl", "start", "steerd")
-    machine.steers()
+    steers(machine)
 
 
-def test_removed_it_leaves_the_configuration_and_nothing_else(machine: Machine) -> None:
+def test_removed_it_leaves_the_configuration_and_nothing_else(running: Machine) -> None:
+    machine = running
     machine.host.run("dpkg", "-r", "steerd")
     assert "steer" not in machine.host.run("nft", "list", "ruleset")
     assert "steer" not in machine.host.run("ip", "-o", "link")
@@ -285,7 +312,8 @@ def test_removed_it_leaves_the_configuration_and_nothing_else(machine: Machine) 
     assert (root / "var/lib/steerd/registry").exists()
 
 
-def test_purged_it_leaves_nothing(machine: Machine) -> None:
+def test_purged_it_leaves_nothing(running: Machine) -> None:
+    machine = running
     machine.host.run("dpkg", "-P", "steerd")
     root = machine.host.root
     left = [name for name in ("etc/steerd", "var/lib/steerd", "run/steerd", "opt/steerd") if (root / name).exists()]
@@ -294,6 +322,7 @@ def test_purged_it_leaves_nothing(machine: Machine) -> None:
 
 
 def test_an_installation_by_pip_is_set_up_and_taken_away(machine: Machine) -> None:
+    without(machine)
     wheels = machine.host.root / "root/wheels"
     sh(f"cd {ROOT}; {sys.executable} -m pip wheel -q --require-hashes -w {wheels} -r requirements.lock")
     sh(f"PYTHON={sys.executable} {ROOT}/release/wheel {wheels}")
@@ -309,7 +338,8 @@ def test_an_installation_by_pip_is_set_up_and_taken_away(machine: Machine) -> No
     machine.write_config(CONFIG)
     machine.host.run("systemctl", "enable", "--now", "--quiet", "steerd")
     assert machine.service("ActiveState") == "active"
-    machine.steers()
+    machine.have_daemons()
+    steers(machine)
     machine.host.run(*setup, "--remove")
     assert machine.host.try_run("systemctl", "is-active", "steerd").stdout.strip() != "active"
     assert sh(f"find {machine.host.root}/etc/systemd -name 'steerd*'") == ""
