@@ -20,7 +20,7 @@ usage: install.sh [ACTION] [OPTION...]
   --print            print what would be loaded; changes nothing
   --status           say what is loaded, whether workers listen, which sysctls differ, and which firewall would drop
                      steered connections, with the rule to add; changes nothing; exit status 1 if something is amiss
-  --uninstall        remove the table, and the queue rules of the fall-back, whole; set the sysctls back
+  --uninstall        remove the table whole; set the sysctls back
 
   --mark-bits L-H    the bits of the packet mark that are ours (8-31); the same as gateway.mark_bits
   --queues N         workers, one queue each (1); the same as gateway.workers
@@ -30,7 +30,8 @@ usage: install.sh [ACTION] [OPTION...]
                      namespace needs its own
   --no-sysctl        leave the sysctls as they are: enough if no service reads payloads
   --native, --fallback
-                     with the kernel's `queue` statement, or by way of iptables-nft; found out by asking the kernel
+                     with the kernel's `queue` statement, or with chains that the daemon fills; found out by asking the
+                     kernel
 USAGE
 }
 
@@ -39,7 +40,7 @@ die() {
 	exit 1
 }
 
-# nft and iptables live in sbin, which an ordinary user's path may not name.
+# nft lives in sbin, which an ordinary user's path may not name.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 here=$(cd "$(dirname "$0")" && pwd)
 template=$here/steerd.nft
@@ -90,7 +91,6 @@ saved=$run_dir/sysctls
 hex() { printf '0x%08x' "$1"; }
 mask=$((((1 << (high - low + 1)) - 1) << low))
 clear=$((~mask & 0xffffffff))
-waiting=$((1 << high))
 seed=0x5354
 
 # queue_rules FIELDS: hand a packet to a worker, chosen by a hash of these fields (see _queue_rules in ruleset.py).
@@ -99,12 +99,17 @@ queue_rules() {
 		printf "queue to jhash %s mod %d seed $seed offset %d\n" "$1" "$queues" "$first_queue"
 		return
 	fi
-	n=0
-	while [ "$n" -lt "$queues" ]; do
-		[ "$n" -eq 0 ] || printf '\t\t'
-		printf "jhash %s mod %d seed $seed %d meta mark set meta mark & %s | %s accept\n" \
-			"$1" "$queues" "$n" "$(hex "$clear")" "$(hex $((waiting | n << low)))"
-		n=$((n + 1))
+	jumps=
+	for n in $(seq 0 $((queues - 1))); do jumps="$jumps${jumps:+, }$n : jump worker$n"; done
+	printf 'jhash %s mod %d seed %s vmap { %s }\n\t\tdrop\n' "$1" "$queues" "$seed" "$jumps"
+}
+
+# worker_chains: for the daemon to fill, which keep what it has put there; until then what comes to them is dropped.
+worker_chains() {
+	[ "$queueing" = fallback ] || return 0
+	for n in $(seq 0 $((queues - 1))); do
+		[ "$n" -eq 0 ] || printf '\t'
+		printf 'chain worker%d { comment "hands over to a worker; filled by the daemon"; }\n' "$n"
 	done
 }
 
@@ -120,7 +125,8 @@ render() {
 		-e "s/__OURS__/$(hex $((3 << low)))/g" -e "s/__ASK__/$(hex $((4 << low)))/g" \
 		-e "s/__KEEP__/$(hex $((5 << low)))/g" \
 		-e "s/__QUEUE4__/$(sed_value "$(queue_rules 'ip saddr . th sport')")/" \
-		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . th sport')")/"
+		-e "s/__QUEUE6__/$(sed_value "$(queue_rules 'ip6 saddr . th sport')")/" \
+		-e "s/__WORKERS__/$(sed_value "$(worker_chains)")/"
 	for pair in $overrides; do
 		set -- "$@" -e "s/__${pair%%=*}__/${pair#*=}/g"
 	done
@@ -131,40 +137,6 @@ render() {
 
 kernel_has_queue() {
 	echo 'table inet steerd_probe { chain probe { queue num 0 ; } ; }' | nft --check -f - 2>/dev/null
-}
-
-remove_fallback() {
-	for tool in iptables-nft ip6tables-nft; do
-		command -v $tool >/dev/null 2>&1 || continue
-		for table in raw mangle; do
-			$tool -t $table -S STEERD >/dev/null 2>&1 || continue
-			while $tool -t $table -D PREROUTING -j STEERD 2>/dev/null; do :; done
-			$tool -t $table -F STEERD
-			$tool -t $table -X STEERD
-			# A table that says nothing is one that we have made.
-			case $tool in ip6*) family=ip6 ;; *) family=ip ;; esac
-			$tool -t $table -S | grep -qv '^-P .* ACCEPT$' || nft delete table $family $table
-		done
-	done
-}
-
-install_fallback() {
-	for tool in iptables-nft ip6tables-nft; do
-		command -v $tool >/dev/null 2>&1 || die "this kernel has no nft queue (CONFIG_NFT_QUEUE), and $tool is not installed"
-		# In the table raw, too, there must be such rules for DNS queries: the daemon adds them where it has such services.
-		{
-			printf '*mangle\n:STEERD - [0:0]\n'
-			printf -- '-A STEERD -m mark ! --mark 0x%x/0x%x -j RETURN\n' $waiting $waiting
-			n=0
-			while [ "$n" -lt "$queues" ]; do
-				printf -- '-A STEERD -m mark --mark 0x%x/0x%x -j NFQUEUE --queue-num %d\n' \
-					$((waiting | n << low)) $mask $((first_queue + n))
-				n=$((n + 1))
-			done
-			echo COMMIT
-		} | $tool-restore --noflush
-		$tool -t mangle -C PREROUTING -j STEERD 2>/dev/null || $tool -t mangle -A PREROUTING -j STEERD
-	done
 }
 
 sysctl_file() { echo "/proc/sys/$(echo "$1" | tr . /)"; }
@@ -410,8 +382,6 @@ install)
 		report_sysctls
 		set_sysctls
 	fi
-	# First the rules that take marked packets, then the table that marks them: in between nothing is let through.
-	if [ "$queueing" = native ]; then remove_fallback; else install_fallback; fi
 	render | nft -f -
 	echo "table inet steerd is loaded (queue: $queueing, queues $first_queue to $((first_queue + queues - 1)))"
 	;;
@@ -419,7 +389,6 @@ uninstall)
 	for table in steerd steerd_hold; do
 		printf 'add table inet %s\ndelete table inet %s\n' $table $table
 	done | nft -f -
-	remove_fallback
 	[ $sysctls = no ] || restore_sysctls
 	echo "table inet steerd is gone"
 	;;

@@ -199,7 +199,7 @@ class Daemon:
         self._table.begin(self._registry)
         self._log.info(
             "table loaded",
-            queue="nft" if self._table.has_native_queue else "iptables-nft (this kernel has no nft queue)",
+            queue="nft" if self._table.has_native_queue else "xt_NFQUEUE (this kernel has no nft queue)",
             services=len(plan.services),
             aliases_added=changes.added,
             aliases_removed=changes.removed,

@@ -1,8 +1,8 @@
 """Marks: how a decision is written into the bits of the packet mark that are ours.
 
-The bits are a range `low`..`high` (inclusive) of the 32. The highest one is the flag "awaits a worker", which only the
-fall-back for kernels without nft `queue` sets; the bits below it hold an id. An id names a target for ever, except
-for the few below FIRST_TARGET_ID, which name an answer instead.
+The bits are a range `low`..`high` (inclusive) of the 32. The highest one is kept free for a state that packets may have
+one day; the bits below it hold an id. An id names a target for ever, except for the few below FIRST_TARGET_ID, which
+name an answer instead.
 """
 
 from __future__ import annotations
@@ -41,22 +41,17 @@ class MarkLayout(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many bits are ours, the flag included."""
+        """How many bits are ours, the free one included."""
         return self.high - self.low + 1
 
     @property
     def mask(self) -> int:
-        """All bits that are ours, the flag included, as a mark value."""
+        """All bits that are ours, the free one included, as a mark value."""
         return ((1 << self.width) - 1) << self.low
 
     @property
-    def flag(self) -> int:
-        """The bit "awaits a worker", as a mark value."""
-        return 1 << self.high
-
-    @property
     def highest_id(self) -> int:
-        """The largest id that fits below the flag."""
+        """The largest id that fits below the free bit."""
         return (1 << (self.width - 1)) - 1
 
     def field(self, id_: int) -> int:

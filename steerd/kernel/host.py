@@ -31,7 +31,6 @@ from steerd.core.marks import MARK_BITS
 from steerd.errors import KernelError
 from steerd.kernel import capabilities
 from steerd.kernel.nftables import TABLE
-from steerd.kernel.ruleset import FALLBACK_CHAIN, FALLBACK_TABLES
 from steerd.model import PROTOCOL_NAMES, TCP, UDP, IPAddress
 
 ALL_BITS = (1 << MARK_BITS) - 1
@@ -170,8 +169,6 @@ def _table(family: str, name: str) -> Table:
     saved = iptables_rules(_output([tool])) if tool else {}
     chains = {}
     for chain in (o["chain"] for o in objects if "chain" in o):
-        if name in FALLBACK_TABLES and family in _SAVE_TOOLS and chain["name"] == FALLBACK_CHAIN:
-            continue
         rules = [_rule(raw, texts) for raw in raws[chain["name"]]]
         if tool and any(map(_is_opaque, raws[chain["name"]])):
             lines = saved.get((name, chain["name"]), [])

@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from steerd.errors import KernelError
@@ -36,13 +36,19 @@ TABLE = "steerd"
 _NFPROTO_UNSPEC, _NFPROTO_INET = 0, 1
 _SUBSYS_NFTABLES = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_DELTABLE, _DELCHAIN, _GETRULE, _DELRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = 2, 5, 7, 8, 12, 13, 14, 19
+_DELTABLE, _DELCHAIN, _NEWRULE, _GETRULE, _DELRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = (
+    *(2, 5, 6, 7, 8),
+    *(12, 13, 14, 19),
+)
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS = 1, 2, 3
 _LIST_ELEMENT = 1
 _ELEMENT_KEY, _ELEMENT_DATA = 1, 2
 _DATA_VALUE = 1
 _OBJECT_TABLE, _OBJECT_NAME, _OBJECT_TYPE, _OBJECT_DATA = 1, 2, 3, 4
-_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE = 1, 2, 3
+_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS = 1, 2, 3, 4
+_EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
+_TARGET_NAME, _TARGET_REVISION, _TARGET_INFO = 1, 2, 3
+_APPEND = 0x800
 _COUNTER_TYPE = b"\0\0\0\1"
 _COUNTER_PACKETS = 2
 
@@ -142,6 +148,19 @@ class Nftables:
         if error not in (0, errno.ENOENT):
             raise KernelError(f"{asked}: {os.strerror(error)}")
 
+    def queue(self, queues: Mapping[str, int]) -> None:
+        """Fill chains: each hands all that comes to it to an NFQUEUE, and has no other rule. By xt_NFQUEUE, for kernels
+        that have no `queue` statement; nft itself cannot write such a rule. Raises KernelError."""
+        asked = "nf_tables took no rule with xt_NFQUEUE (CONFIG_NFT_COMPAT, CONFIG_NETFILTER_XT_TARGET_NFQUEUE)"
+        requests = []
+        for chain, number in queues.items():
+            place = attribute(_RULE_TABLE, TABLE.encode() + b"\0") + attribute(_RULE_CHAIN, chain.encode() + b"\0")
+            requests.append((_DELRULE, 0, place))
+            requests.append((_NEWRULE, CREATE | _APPEND, place + _queueing(number)))
+        error = self._carry_out(requests, asked)
+        if error:
+            raise KernelError(f"{asked}: {os.strerror(error)}")
+
     def _change(self, request: int, flags: int, elements: Sequence[Element], doing: str) -> None:
         names = ", ".join(sorted({element.name for element in elements}))
         asked = f"nf_tables {doing} {names} of table inet {TABLE}"
@@ -222,6 +241,18 @@ class Nftables:
         asked = f"nf_tables {doing} of table inet {TABLE}"
         bodies = self._netlink.dump(_SUBSYS_NFTABLES << 8 | request, family, about, asked)
         return [(attributes(body), body) for body in bodies]
+
+
+def _queueing(number: int) -> bytes:
+    """The expressions of a rule that hands a packet to NFQUEUE `number`: struct xt_NFQ_info, padded to 8 bytes
+    (include/uapi/linux/netfilter/xt_NFQUEUE.h)."""
+    target = (
+        attribute(_TARGET_NAME, b"NFQUEUE\0")
+        + attribute(_TARGET_REVISION, bytes(4))
+        + attribute(_TARGET_INFO, struct.pack("=H6x", number))
+    )
+    expression = attribute(_EXPRESSION_NAME, b"target\0") + attribute(_EXPRESSION_DATA | NESTED, target)
+    return attribute(_RULE_EXPRESSIONS | NESTED, attribute(_LIST_ELEMENT | NESTED, expression))
 
 
 class Watcher:

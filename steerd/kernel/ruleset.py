@@ -1,9 +1,10 @@
 """The table `inet steerd`: filled in from nft/steerd.nft, loaded in one transaction, taken away whole.
 
-Where the kernel has no `queue` statement (CONFIG_NFT_QUEUE), the table only marks the packets, and one rule for each
-worker in a chain STEERD of iptables-nft's mangle table (-150) hands them over, right behind our chain `divert` (-151);
-and of its raw table (-300), behind `query` (-301), where there are queries. Which of the two it is, is found out by
+Where the kernel has no `queue` statement (CONFIG_NFT_QUEUE), a chain for each worker holds the target that iptables has
+for that (xt_NFQUEUE), which the daemon puts there itself, since nft cannot. Which of the two it is, is found out by
 asking the kernel, and nobody need know.
+
+Every hook costs every packet of the host something, so base chains that the configuration has no use for are left out.
 
 `nft/install.sh` renders the same text from the same file in shell; tests/unit/test_ruleset.py holds the two together.
 """
@@ -12,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import itertools
 import re
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,12 +29,10 @@ from steerd.kernel.nftables import TABLE, Element, Nftables
 from steerd.model import Endpoint, Flow, IPAddress, IPNetwork, Target
 
 HOLD_TABLE = f"{TABLE}_hold"
-FALLBACK_CHAIN = "STEERD"
 # Without a seed every rule gets a random one of its own: no packet would be sure to match one of several rules, and a
 # reload would send the rest of a connection's packets to another worker.
 _SEED = "0x5354"
-_IPTABLES = {"iptables-nft": "ip", "ip6tables-nft": "ip6"}
-FALLBACK_TABLES = ("raw", "mangle")
+_WORKER_CHAIN = 'chain {} {{ comment "hands over to a worker; filled by the daemon"; }}'
 _CHECKS = {
     "targets4": "translated4",
     "targets6": "translated6",
@@ -114,8 +111,9 @@ def template_path() -> Path:
     raise KernelError(f"steerd.nft is neither at {checkout} nor at {installed}: the installation is incomplete")
 
 
-def render(template: str, settings: Settings, *, native: bool) -> str:
-    """Fill in the placeholders. `native`: with the `queue` statement, else with marks for the fall-back."""
+def render(template: str, settings: Settings, *, native: bool, without: Collection[str] = ()) -> str:
+    """Fill in the placeholders, and leave base chains out. `native`: with the `queue` statement, else with chains that
+    `load` fills."""
     mark = settings.mark
     values = {
         "MASK": f"0x{mark.mask:08x}",
@@ -140,11 +138,15 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
         "TIME_WAIT": str(settings.time_wait),
         "CLOSE": str(settings.close),
         "OVER": str(settings.over),
-        "QUEUE4": "\n\t\t".join(_queue_rules("ip saddr . th sport", settings, native=native)),
-        "QUEUE6": "\n\t\t".join(_queue_rules("ip6 saddr . th sport", settings, native=native)),
+        "QUEUE4": _queue_rules("ip saddr . th sport", settings, native=native),
+        "QUEUE6": _queue_rules("ip6 saddr . th sport", settings, native=native),
+        "WORKERS": "\n\t".join(_WORKER_CHAIN.format(name) for name in _worker_chains(settings, native=native)),
     }
     head, rest = template.split("\ntable inet steerd {", 1)
     text = "table inet steerd {" + rest
+    for name in without:
+        chain = rf"^\tchain {name} {{\n(?:\t\t.*\n)*\t}}\n|^flush chain inet steerd {name}\n"
+        text = re.sub(chain, "", text, flags=re.MULTILINE)
     for name, value in values.items():
         text = text.replace(f"__{name}__", value)
     left = re.search(r"__[A-Z0-9_]+__", text)
@@ -153,23 +155,30 @@ def render(template: str, settings: Settings, *, native: bool) -> str:
     return head + "\n" + text
 
 
-def _queue_rules(hashed: str, settings: Settings, *, native: bool) -> list[str]:
+def _queue_rules(hashed: str, settings: Settings, *, native: bool) -> str:
     """Spread by address and port (a hash of addresses alone would give one client's load to one worker), so that all
-    packets of one connection meet the same worker. Without NFT_QUEUE the queue's number goes into the mark."""
+    packets of one connection meet the same worker."""
+    spread = f"jhash {hashed} mod {settings.queues} seed {_SEED}"
     if native:
-        return [f"queue to jhash {hashed} mod {settings.queues} seed {_SEED} offset {settings.first_queue}"]
-    mark = settings.mark
-    keep = ~mark.mask & 0xFFFFFFFF
-    return [
-        f"jhash {hashed} mod {settings.queues} seed {_SEED} {number}"
-        f" meta mark set meta mark & 0x{keep:08x} | 0x{_fallback_mark(mark, number):08x} accept"
-        for number in range(settings.queues)
-    ]
+        return f"queue to {spread} offset {settings.first_queue}"
+    chains = enumerate(_worker_chains(settings, native=native))
+    return f"{spread} vmap {{ {', '.join(f'{number} : jump {name}' for number, name in chains)} }}\n\t\tdrop"
 
 
-def _fallback_mark(mark: MarkLayout, number: int) -> int:
-    """The mark of a packet that waits for worker `number`: the flag, which no target id has, and the number."""
-    return mark.flag | mark.field(number)
+def _worker_chains(settings: Settings, *, native: bool) -> list[str]:
+    return [] if native else [f"worker{number}" for number in range(settings.queues)]
+
+
+def needless(contents: Contents) -> set[str]:
+    """The base chains that have nothing to do with these contents."""
+    late = {"open_window", "recall", "conceal", "reveal"}
+    query = {"query"}
+    either = {"handshake_untracked"}
+    return (
+        (set() if contents.late else late)
+        | (set() if contents.query else query)
+        | (set() if contents.late or contents.query else either)
+    )
 
 
 def elements(contents: Contents, version: int) -> dict[str, list[str]]:
@@ -395,6 +404,8 @@ class Loaded(NamedTuple):
     rules: str
     """As nft commands."""
     contents: Contents
+    without: frozenset[str]
+    """The base chains that are left out."""
 
 
 def load(settings: Settings, contents: Contents, *, native: bool, empty_targets: bool) -> Loaded:
@@ -405,37 +416,37 @@ def load(settings: Settings, contents: Contents, *, native: bool, empty_targets:
     (`targets_agree`): what was learnt of QUIC connections goes with them. `native`: see has_native_queue. Raises
     KernelError if the kernel refuses.
     """
-    rules = render(template_path().read_text(), settings, native=native)
+    without = frozenset(needless(contents))
+    rules = render(template_path().read_text(), settings, native=native, without=without)
     text = rules + fill(contents) + _without_table(HOLD_TABLE)
+    # What a late connection's daemon resets must be concealed for as long as that connection lives.
+    for name in sorted(without - {"conceal", "reveal"}):
+        text += f"add chain inet {TABLE} {name}\nflush chain inet {TABLE} {name}\ndelete chain inet {TABLE} {name}\n"
     if empty_targets:
         text += flush_targets()
     with contextlib.closing(Nftables()) as nftables:
         if empty_targets or not any(rule.chain == "zoned" for rule in nftables.rules(1, TABLE)):
             text += _zone_rule(settings.mark)
-    if native:
-        _remove_fallback()
-    else:
-        # First the rules that take marked packets, then the table that marks them: in between nothing is let through.
-        _install_fallback(settings, _fallback_tables(contents))
-    _nft(text)
-    return Loaded(rules, contents)
+        _nft(text)
+        # Until they are filled, what comes to them is dropped.
+        chains = _worker_chains(settings, native=native)
+        nftables.queue({name: settings.first_queue + number for number, name in enumerate(chains)})
+    return Loaded(rules, contents, without)
 
 
 def change(loaded: Loaded, settings: Settings, contents: Contents, *, native: bool) -> Loaded:
     """Lead the table from what was loaded (and is there: `our_rules`, `our_elements`) to this, in one transaction that
     touches only what differs; none if nothing does. `mark`, `first_queue` and `queues` of the settings must be the
-    same. Raises KernelError if the kernel refuses; then nothing has changed."""
-    rules = render(template_path().read_text(), settings, native=native)
+    same. Raises KernelError if the kernel refuses; then nothing has changed.
+
+    A base chain that is needless now stays: with a hook, the kernel drops all packets in its queues
+    (__nf_unregister_net_hook in net/netfilter/core.c)."""
+    without = loaded.without & needless(contents)
+    rules = render(template_path().read_text(), settings, native=native, without=without)
     text = (rules if rules != loaded.rules else "") + difference(loaded.contents, contents)
-    if not native and not set(_fallback_tables(contents)) <= set(_fallback_tables(loaded.contents)):
-        _install_fallback(settings, _fallback_tables(contents))
     if text:
         _nft(text)
-    return Loaded(rules, contents)
-
-
-def _fallback_tables(contents: Contents) -> tuple[str, ...]:
-    return FALLBACK_TABLES if contents.query else ("mangle",)
+    return Loaded(rules, contents, without)
 
 
 def our_elements(nftables: Nftables) -> dict[str, bytes]:
@@ -443,17 +454,10 @@ def our_elements(nftables: Nftables) -> dict[str, bytes]:
     return {name: nftables.listing(name) for version in (4, 6) for name in elements(_NOTHING, version)}
 
 
-def our_rules(nftables: Nftables) -> set[tuple[int, str, int]]:
-    """(family, chain, handle) of every rule that is ours, the fall-back's included, the operator's `admit` not. A rule
-    that somebody deletes is missing here for ever: the kernel gives no handle twice."""
-    found = {(1, rule.chain, rule.handle) for rule in nftables.rules(1, TABLE) if rule.chain != "admit"}
-    name = FALLBACK_CHAIN.encode() + b"\0"
-    for family, table in itertools.product((2, 10), FALLBACK_TABLES):
-        rules = nftables.rules(family, table)
-        found |= {
-            (family, f"{table} {r.chain}", r.handle) for r in rules if r.chain == FALLBACK_CHAIN or name in r.body
-        }
-    return found
+def our_rules(nftables: Nftables) -> set[tuple[str, int]]:
+    """(chain, handle) of every rule that is ours, which those of the operator's `admit` are not. A rule that somebody
+    deletes is missing here for ever: the kernel gives no handle twice."""
+    return {(rule.chain, rule.handle) for rule in nftables.rules(1, TABLE) if rule.chain != "admit"}
 
 
 def forget_learned(nftables: Nftables, addresses: Collection[IPAddress]) -> None:
@@ -484,46 +488,13 @@ def set_wildcard_ports(ports: set[tuple[int, int]]) -> None:
 
 
 def remove() -> None:
-    """Take the table and the fall-back's rules away. Fine if there are none."""
+    """Take the table away, and what held connections back before it. Fine if there are none."""
     _nft(_without_table(TABLE) + _without_table(HOLD_TABLE))
-    _remove_fallback()
 
 
 def _without_table(name: str) -> str:
     # `destroy` would say it in one word, but needs nft 1.0.7.
     return f"add table inet {name}\ndelete table inet {name}\n"
-
-
-def _install_fallback(settings: Settings, tables: tuple[str, ...]) -> None:
-    """One NFQUEUE rule for each worker, in a chain of our own that is replaced in one transaction. Every packet on the
-    machine comes by, so `raw` has its chain only where queries are diverted."""
-    mark = settings.mark
-    flag = f"0x{mark.flag:x}"
-    rules = f"-A {FALLBACK_CHAIN} -m mark ! --mark {flag}/{flag} -j RETURN\n" + "".join(
-        f"-A {FALLBACK_CHAIN} -m mark --mark 0x{_fallback_mark(mark, number):x}/0x{mark.mask:x}"
-        f" -j NFQUEUE --queue-num {settings.first_queue + number}\n"
-        for number in range(settings.queues)
-    )
-    text = "".join(f"*{table}\n:{FALLBACK_CHAIN} - [0:0]\n{rules}COMMIT\n" for table in tables)
-    jump = ["PREROUTING", "-j", FALLBACK_CHAIN]
-    for tool in _IPTABLES:
-        _must([f"{tool}-restore", "--noflush"], text)
-        for table in tables:
-            if _run([tool, "-t", table, "-C", *jump]).failed:
-                _must([tool, "-t", table, "-A", *jump])
-
-
-def _remove_fallback() -> None:
-    for tool, table in itertools.product(_IPTABLES, FALLBACK_TABLES):
-        if shutil.which(tool) and not _run([tool, "-t", table, "-S", FALLBACK_CHAIN]).failed:
-            while not _run([tool, "-t", table, "-D", "PREROUTING", "-j", FALLBACK_CHAIN]).failed:
-                pass
-            _must([tool, "-t", table, "-F", FALLBACK_CHAIN])
-            _must([tool, "-t", table, "-X", FALLBACK_CHAIN])
-            # A table that says nothing is one that we have made.
-            left = _run([tool, "-t", table, "-S"]).output.splitlines()
-            if all(re.fullmatch("-P .* ACCEPT", line) for line in left):
-                _nft(f"delete table {_IPTABLES[tool]} {table}\n")
 
 
 class _Done(NamedTuple):
@@ -536,8 +507,7 @@ def _run(command: list[str], text: str | None = None) -> _Done:
     try:
         done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
     except FileNotFoundError:
-        hint = "nftables" if command[0] == "nft" else "iptables (this kernel has no nft `queue`, so it is needed)"
-        raise KernelError(f"{command[0]} is not installed: install {hint}") from None
+        raise KernelError(f"{command[0]} is not installed: install nftables") from None
     return _Done(done.returncode != 0, done.stdout, done.stderr.strip())
 
 

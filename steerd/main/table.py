@@ -130,7 +130,7 @@ class Table:
         # it, or looked.
         self._wildcard_ports: set[tuple[int, int]] = set()
         self._loaded: ruleset.Loaded | None = None
-        self._rules: set[tuple[int, str, int]] = set()
+        self._rules: set[tuple[str, int]] = set()
         self._elements: dict[str, bytes] = {}
         self._sysctl_trouble = ""
         self.changing = asyncio.Lock()

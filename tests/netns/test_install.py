@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from steerd import config
+from steerd.config import Config
 from steerd.kernel import ruleset
 from steerd.kernel.handshake import Handshake
 from steerd.main.table import contents_of, settings_of
@@ -22,8 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INSTALL = ROOT / "nft" / "install.sh"
 MEASURED = Handshake(mss4=1460, mss6=1440, window_scale=7)
 """The defaults of the template, whatever this machine would say."""
-CONFIG = config.parse(
-    """
+EARLY_TEXT = """
     [gateway]
     workers = 1
     [pools.p]
@@ -45,6 +45,20 @@ CONFIG = config.parse(
     endpoints = ["203.0.113.10:445/tcp"]
     inspect = ["port-extension"]
     extension_pool = { pool = "p", by = "extension", port = 90, wildcard = true }
+    """
+EARLY = config.parse(EARLY_TEXT, "steerd.toml")
+# No base chain is left out.
+CONFIG = config.parse(
+    EARLY_TEXT
+    + """
+    [services.w]
+    endpoints = ["203.0.113.10:446/tcp"]
+    inspect = ["tls"]
+    default = { address = "192.0.2.9:same", external = true }
+    [services.x]
+    endpoints = ["203.0.113.10:53/udp"]
+    inspect = ["dns"]
+    default = { address = "192.0.2.9:same", external = true }
     """,
     "steerd.toml",
 )
@@ -53,7 +67,7 @@ TABLES = ("iptables-nft", "ip6tables-nft")
 
 @pytest.fixture
 def new_gateway(new_host: Callable[[str], Host]) -> Callable[[], Host]:
-    """Hosts with rules of somebody else, in tables that the fall-back uses too."""
+    """Hosts with rules of somebody else."""
 
     def make() -> Host:
         made = new_host("gateway")
@@ -196,15 +210,10 @@ def test_uninstall_removes_all_that_is_ours_and_nothing_else(host: Host, way: st
     before = rules(host)
     install(host, *([way] if way else []), "--queues", "3")
     assert "table inet steerd" in rules(host)
-    if way:
-        for tool in TABLES:
-            assert host.sh(f"{tool} -t mangle -S STEERD").count("NFQUEUE") == 3
-            assert "-A PREROUTING -j STEERD" in host.sh(f"{tool} -t mangle -S")
-        host.sh("iptables-nft -t mangle -A PREROUTING -j STEERD")  # a jump that somebody doubled goes as well
+    assert ("jump worker2" in rules(host)) is (way == "--fallback" or not native())
     assert install(host, "--uninstall") == "table inet steerd is gone\n"
     assert rules(host) == before
     for tool in TABLES:
-        assert "STEERD" not in host.sh(f"{tool} -t mangle -S")
         assert "-A PREROUTING -j THEIRS" in host.sh(f"{tool} -t mangle -S")
     install(host, "--uninstall")
     assert rules(host) == before
@@ -262,18 +271,19 @@ def test_bad_arguments_are_a_sentence(arguments: tuple[str, ...], said: str) -> 
 # ---- shell and Python in turn ----
 
 
-def load(host: Host) -> bool:
-    """Load the table as the daemon does; returns whether `queue` is native."""
+native = ruleset.has_native_queue
+
+
+def load(host: Host, config: Config = CONFIG) -> None:
+    """Load the table as the daemon does, but for the timeouts of flows, which the script knows nothing of."""
+    contents = contents_of(config)._replace(idle=())
     with host.entered():
-        native = ruleset.has_native_queue()
-        ruleset.load(settings_of(CONFIG, MEASURED), contents_of(CONFIG), native=native, empty_targets=True)
-    return native
+        ruleset.load(settings_of(config, MEASURED), contents, native=native(), empty_targets=True)
 
 
 def chains(host: Host) -> list[str]:
-    """The rules of all chains: ours, those of the fall-back, and those of others. The rule that sets zones is left out:
-    only the daemon makes it."""
-    listed = re.sub(r"^\t\tct original zone set .*\n", "", rules(host), flags=re.MULTILINE)
+    """The rules of all chains. Those that only the daemon makes are left out."""
+    listed = re.sub(r"^\t\t(ct original zone set |queue num ).*\n", "", rules(host), flags=re.MULTILINE)
     return sorted(re.findall(r"^\tchain .*?^\t\}", listed, re.MULTILINE | re.DOTALL))
 
 
@@ -291,14 +301,35 @@ def test_python_and_shell_load_the_same_in_either_order(new_gateway: Callable[[]
     assert chains(python_first) == by_shell
 
 
+def hooks(host: Host) -> set[str]:
+    return set(re.findall(r"^\tchain (\w+) \{\n(?:\t\tcomment .*\n)?\t\ttype ", table(host), re.MULTILINE))
+
+
+def test_the_daemon_takes_away_the_hooks_that_its_configuration_has_no_use_for(host: Host) -> None:
+    load(host, EARLY)
+    early = hooks(host)
+    assert {"divert", "steer", "guard", "arrive", "verify", "leave"} <= early
+    with host.entered():
+        loaded = ruleset.load(settings_of(EARLY, MEASURED), contents_of(EARLY), native=native(), empty_targets=False)
+        loaded = ruleset.change(loaded, settings_of(CONFIG, MEASURED), contents_of(CONFIG), native=native())
+        everything = hooks(host)
+        install(host)
+        assert hooks(host) == everything == early | ruleset.needless(contents_of(EARLY))
+        # While it runs, all stay; and those that conceal resets, as long as late connections may live.
+        ruleset.change(loaded, settings_of(EARLY, MEASURED), contents_of(EARLY), native=native())
+        assert hooks(host) == everything
+        load(host, EARLY)
+        assert hooks(host) == early | {"conceal", "reveal"}
+
+
 def test_fewer_queues_leave_no_rule_for_the_others(host: Host) -> None:
     install(host, "--queues", "4")
     load(host)  # one worker
     after = rules(host)
     install(host, "--queues", "1")
     assert rules(host) == after
-    for tool in TABLES:
-        assert host.sh(f"{tool} -t mangle -S").count("NFQUEUE") <= 1
+    assert "jump worker1" not in after
+    assert after.count("queue num 2130") == (0 if native() else 1)
 
 
 def test_python_removes_what_the_script_has_loaded(host: Host) -> None:

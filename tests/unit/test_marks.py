@@ -11,8 +11,8 @@ LOW = MarkLayout(0, 19)
 
 
 def test_the_parts_of_a_layout() -> None:
-    assert (HIGH.shift, HIGH.width, HIGH.mask, HIGH.flag, HIGH.highest_id) == (8, 24, 0xFFFFFF00, 0x80000000, 0x7FFFFF)
-    assert (LOW.shift, LOW.width, LOW.mask, LOW.flag, LOW.highest_id) == (0, 20, 0x000FFFFF, 0x00080000, 0x7FFFF)
+    assert (HIGH.shift, HIGH.width, HIGH.mask, HIGH.highest_id) == (8, 24, 0xFFFFFF00, 0x7FFFFF)
+    assert (LOW.shift, LOW.width, LOW.mask, LOW.highest_id) == (0, 20, 0x000FFFFF, 0x7FFFF)
 
 
 @pytest.mark.parametrize("layout", [HIGH, LOW, MarkLayout(5, 27)])
@@ -20,9 +20,9 @@ def test_ids_stay_inside_the_mask_and_off_the_flag(layout: MarkLayout) -> None:
     for id_ in (NO_DECISION, RESET_ID, PASS_ID, FIRST_TARGET_ID, layout.highest_id):
         mark = layout.field(id_)
         assert mark & ~layout.mask == 0
-        assert mark & layout.flag == 0
+        assert mark & 1 << layout.high == 0
         assert mark >> layout.shift == id_
-    assert layout.field(layout.highest_id) | layout.flag == layout.mask
+    assert layout.field(layout.highest_id) | 1 << layout.high == layout.mask
 
 
 @pytest.mark.parametrize("id_", [-1, 0x80000])

@@ -157,17 +157,44 @@ def test_every_packet_of_a_connection_meets_the_same_worker() -> None:
         rendered = ruleset.render(TEMPLATE, settings_for()._replace(queues=3), native=native)
         hashes = re.findall(r"jhash (.*?) mod (\d+) seed (\w+)", rendered)
         assert set(hashes) == {("ip saddr . th sport", "3", "0x5354"), ("ip6 saddr . th sport", "3", "0x5354")}
-        assert len(hashes) == (2 if native else 6)
+        assert len(hashes) == 2
 
 
-def test_marks_of_waiting_packets_are_no_target_s() -> None:
-    """One mark for each worker, made of bits that are ours, with the flag that no decision has."""
-    for mark in (MarkLayout(8, 31), MarkLayout(0, 31), MarkLayout(4, 27)):
-        rendered = ruleset.render(TEMPLATE, settings_for()._replace(mark=mark, queues=4), native=False)
-        found = re.findall(r"meta mark set meta mark & (\w+) \| (\w+) accept", rendered)
-        waiting = sorted({int(value, 16) for _, value in found} - {mark.field(2)})
-        assert waiting == [mark.flag | number << mark.low for number in range(4)]
-        assert {int(kept, 16) for kept, _ in found} == {~mark.mask & 0xFFFFFFFF}
+def test_without_nft_queue_there_is_a_chain_for_each_worker_and_what_it_does_not_take_is_dropped() -> None:
+    rendered = ruleset.render(TEMPLATE, settings_for()._replace(queues=3), native=False)
+    assert re.findall(r"^\tchain (worker\d+) \{ comment", rendered, re.MULTILINE) == ["worker0", "worker1", "worker2"]
+    jumps = "0 : jump worker0, 1 : jump worker1, 2 : jump worker2"
+    for version in (4, 6):
+        (rules,) = re.findall(rf"^\tchain queue{version} \{{\n(\t\tjhash.*?)\n\t\}}", rendered, re.M | re.S)
+        spread, last = rules.splitlines()
+        assert spread.endswith(f" mod 3 seed 0x5354 vmap {{ {jumps} }}") and last == "\t\tdrop"
+    assert "flush chain inet steerd worker" not in rendered
+
+
+EVERYTHING = Contents(*[(None,)] * len(Contents._fields))  # type: ignore[arg-type]
+OF_LATE = {"handshake_untracked", "open_window", "recall", "conceal", "reveal"}
+
+
+@pytest.mark.parametrize(
+    ("contents", "left_out"),
+    [
+        (EVERYTHING, set()),
+        (EVERYTHING._replace(query=()), {"query"}),
+        (EVERYTHING._replace(late=()), OF_LATE - {"handshake_untracked"}),
+        (EVERYTHING._replace(late=(), query=()), OF_LATE | {"query"}),
+    ],
+)
+def test_base_chains_that_the_configuration_has_no_use_for_are_left_out(contents: Contents, left_out: set[str]) -> None:
+    def hooked(text: str) -> set[str]:
+        return set(re.findall(r"^\tchain (\w+) \{\n\t\ttype ", text, re.MULTILINE))
+
+    assert ruleset.needless(contents) == left_out
+    whole = ruleset.render(TEMPLATE, settings_for(), native=True)
+    rendered = ruleset.render(TEMPLATE, settings_for(), native=True, without=left_out)
+    assert hooked(rendered) == hooked(whole) - left_out
+    for name in left_out:
+        assert not re.search(rf"\bchain (inet steerd )?{name}\b|(jump|goto) {name}\b", rendered.removeprefix(HEAD))
+    assert rendered.count("{") == rendered.count("}")
 
 
 # ---- the sets ----

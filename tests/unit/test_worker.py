@@ -253,7 +253,7 @@ PASSING, REFUSING = FIRST_TARGET_ID, FIRST_TARGET_ID + 4
 
 def test_a_decision_is_a_mark_and_other_bits_stay(lab: Lab) -> None:
     assert lab.outcome(syn(2), THEIRS) == ("accept", THEIRS | MARK.field(REFUSING + 1))
-    # What was in our bits, such as the flag of the fall-back, is gone.
+    # What was in our bits is gone.
     assert lab.outcome(syn(2), THEIRS | MARK.mask) == ("accept", THEIRS | MARK.field(REFUSING + 1))
     assert lab.counted() == {"ARITHMETIC": 2, "LOADED": 1}
 
@@ -268,9 +268,9 @@ def test_a_drained_target_takes_nobody_from_the_next_packet_on(lab: Lab) -> None
 
 
 def test_the_other_outcomes(lab: Lab) -> None:
-    assert lab.outcome(syn(None), THEIRS | MARK.flag) == ("accept", THEIRS | MARK.field(RESET_ID))
+    assert lab.outcome(syn(None), THEIRS | MARK.mask) == ("accept", THEIRS | MARK.field(RESET_ID))
     assert lab.outcome(syn(99), THEIRS) == ("accept", THEIRS | MARK.field(RESET_ID))
-    assert lab.outcome(syn(None, 22), THEIRS | MARK.flag) == ("accept", THEIRS | MARK.field(PASS_ID))
+    assert lab.outcome(syn(None, 22), THEIRS | MARK.mask) == ("accept", THEIRS | MARK.field(PASS_ID))
     assert lab.outcome(syn(99, 22), THEIRS) == ("drop", THEIRS)
     assert lab.outcome(syn(1, 80), THEIRS) == ("drop", THEIRS)
     assert lab.counted() == {"UNEXTENDED_UNMATCHED": 1, "UNMATCHED": 2, "UNEXTENDED_PASS": 1, "NO_ENDPOINT": 1}
