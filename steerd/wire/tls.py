@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import lru_cache
 
 from steerd.model import Answer, Keys
 from steerd.wire.parser import Parser, always
@@ -49,6 +50,8 @@ _HOST_NAME = 0
 _HELLO_START = 2 + 32  # behind legacy_version and random
 _EXTENSION_HEADER = struct.Struct("!HH").unpack_from
 _LENGTH = struct.Struct("!H").unpack_from
+_ONE_RECORD = struct.Struct("!BBxHI").unpack_from
+_ONE_NAME = struct.Struct("!HBH").unpack_from
 
 _VERSIONS = {b"\x03\x01": "1.0", b"\x03\x02": "1.1", b"\x03\x03": "1.2", b"\x03\x04": "1.3"}
 _TLS_1_2 = b"\x03\x03"
@@ -59,7 +62,7 @@ _NOT_IN_A_NAME = re.compile(rb"[\x00-\x20\x7f]")
 def inspect(data: bytes) -> Keys | Answer:
     """Keys of the ClientHello that `data` begins with, or NEED_MORE, or NOT_MINE."""
     message = _handshake_bytes(data[:BOUND])
-    if message is None or message[:1] not in (b"", bytes([_CLIENT_HELLO])):
+    if message is None or (message and message[0] != _CLIENT_HELLO):
         return Answer.NOT_MINE
     more = Answer.NEED_MORE if len(data) < BOUND else Answer.NOT_MINE
     if len(message) < _MESSAGE_HEADER:
@@ -85,6 +88,13 @@ def client_hello(body: bytes) -> Keys | None:
 def _handshake_bytes(data: bytes) -> bytes | None:
     """What the handshake records at the beginning carry, as far as it is there, up to the end of the first message;
     None: the bytes are not such records, or too many."""
+    # Nearly always there is but one, and it holds the whole message.
+    if len(data) > _RECORD_HEADER + _MESSAGE_HEADER:
+        kind, major, length, message_length = _ONE_RECORD(data)
+        if kind == _HANDSHAKE and major == _MAJOR_VERSION and 0 < length <= _MAX_FRAGMENT:
+            end = _MESSAGE_HEADER + (message_length & 0xFFFFFF)
+            if end <= length and _RECORD_HEADER + end <= len(data):
+                return data[_RECORD_HEADER : _RECORD_HEADER + length]
     message = bytearray()
     start = records = 0
     while start < len(data):
@@ -125,14 +135,13 @@ def _only_vector(data: bytes, start: int, length_size: int) -> bytes:
 
 def _read_hello(body: bytes) -> Keys:
     """RFC 8446 section 4.1.2; before TLS 1.3 there could be no extensions at all (RFC 5246 section 7.4.1.2)."""
-    legacy_version = body[:2]
     session_id = body[_HELLO_START]
     cipher_suites, at = _LENGTH(body, _HELLO_START + 1 + session_id)[0], _HELLO_START + 3 + session_id
     at += cipher_suites
     compression_methods = body[at]
     at += 1 + compression_methods
     if (
-        legacy_version[0] != _MAJOR_VERSION
+        body[0] != _MAJOR_VERSION
         or session_id > 32
         or not cipher_suites
         or cipher_suites % 2
@@ -140,46 +149,48 @@ def _read_hello(body: bytes) -> Keys:
         or at > len(body)
     ):
         raise _MalformedError
-    extensions = _extensions(_only_vector(body, at, 2)) if at < len(body) else {}
+    extensions = _extensions(body, at) if at < len(body) else {}
 
     keys: Keys = {}
     if _SERVER_NAME in extensions:
-        keys["tls.sni"] = _host_name(_only_vector(extensions[_SERVER_NAME], 0, 2))
+        keys["tls.sni"] = _host_name(_content(body, extensions[_SERVER_NAME]))
     if _ALPN in extensions:
-        offered = [name for name in _names(_only_vector(extensions[_ALPN], 0, 2)) if name not in _GREASE]
-        if offered:
-            keys["tls.alpn"] = offered[0].decode("latin-1")
-        for name in offered:
-            keys[f"tls.alpn.{name.decode('latin-1')}"] = "1"
+        content = _content(body, extensions[_ALPN])
+        keys.update(_known_protocols(content) if len(content) <= _SHORT else _protocols(content))
     if _SUPPORTED_VERSIONS in extensions:
-        versions = _versions(_only_vector(extensions[_SUPPORTED_VERSIONS], 0, 1))
+        content = _content(body, extensions[_SUPPORTED_VERSIONS])
+        keys.update(_known_versions(content) if len(content) <= _SHORT else _versions(content))
     else:
-        versions = [min(legacy_version, _TLS_1_2)]  # RFC 8446 section 4.2.1: 1.3 is never offered this way
-    known = [version for version in versions if version in _VERSIONS]
-    if known:
-        keys["tls.version"] = _VERSIONS[max(known)]
+        keys.update(_highest([min(body[:2], _TLS_1_2)]))  # RFC 8446 section 4.2.1: 1.3 is never offered this way
     return keys
 
 
-def _extensions(data: bytes) -> dict[int, bytes]:
-    """Every extension's content by its type."""
-    found: dict[int, bytes] = {}
-    start, size = 0, len(data)
+def _extensions(body: bytes, at: int) -> dict[int, int]:
+    """Where each extension's content begins, by its type; the extensions fill the rest of the hello from `at` on."""
+    found: dict[int, int] = {}
+    start, size = at + 2, len(body)
+    if start + _LENGTH(body, at)[0] != size:
+        raise _MalformedError
     while start < size:
-        kind, length = _EXTENSION_HEADER(data, start)
+        kind, length = _EXTENSION_HEADER(body, start)
         start += 4
         if kind in found or start + length > size:
             raise _MalformedError
-        found[kind] = data[start : start + length]
+        found[kind] = start
         start += length
     return found
 
 
-def _host_name(names: bytes) -> str:
+def _content(body: bytes, start: int) -> bytes:
+    return body[start : start + _LENGTH(body, start - 2)[0]]
+
+
+def _host_name(content: bytes) -> str:
     """The one host name of a ServerNameList; names of other types, which nobody ever defined, are refused."""
-    if names[0] != _HOST_NAME:
+    size = len(content)
+    if _ONE_NAME(content) != (size - 2, _HOST_NAME, size - 5):
         raise _MalformedError
-    name = _only_vector(names, 1, 2)
+    name = content[5:]
     if _NOT_IN_A_NAME.search(name):
         raise _MalformedError
     name = name.lower().removesuffix(b".")
@@ -201,10 +212,34 @@ def _names(data: bytes) -> list[bytes]:
     return found
 
 
-def _versions(data: bytes) -> list[bytes]:
+def _protocols(content: bytes) -> Keys:
+    """Of the ALPN extension."""
+    keys: Keys = {}
+    offered = [name for name in _names(_only_vector(content, 0, 2)) if name not in _GREASE]
+    if offered:
+        keys["tls.alpn"] = offered[0].decode("latin-1")
+    for name in offered:
+        keys[f"tls.alpn.{name.decode('latin-1')}"] = "1"
+    return keys
+
+
+def _versions(content: bytes) -> Keys:
+    """Of the supported_versions extension."""
+    data = _only_vector(content, 0, 1)
     if not data or len(data) % 2:
         raise _MalformedError
-    return [data[start : start + 2] for start in range(0, len(data), 2)]
+    return _highest([data[start : start + 2] for start in range(0, len(data), 2)])
+
+
+def _highest(versions: list[bytes]) -> Keys:
+    known = [version for version in versions if version in _VERSIONS]
+    return {"tls.version": _VERSIONS[max(known)]} if known else {}
+
+
+# Clients say these in a few ways, over and over. A long one, which somebody may have made up, is not kept.
+_SHORT = 64
+_known_protocols = lru_cache(maxsize=1024)(_protocols)
+_known_versions = lru_cache(maxsize=1024)(_versions)
 
 
 PARSER = Parser(
