@@ -125,7 +125,7 @@ class Table:
         self._log = log
         self._nftables = Nftables()
         self.has_native_queue = ruleset.has_native_queue()
-        """Whether nft itself can queue packets on this kernel; else iptables-nft does."""
+        """Whether this kernel has the nft `queue` statement; else there is xt_NFQUEUE."""
         # The listeners on the wildcard address, our rules and our elements, as the table had them when we last changed
         # it, or looked.
         self._wildcard_ports: set[tuple[int, int]] = set()
