@@ -275,8 +275,10 @@ def run(console: Console) -> Result:
     _show_packets(console, figures["established"])
     charts = [
         report.rate_chart(throughput, "datagram", LABELS, what="flows"),
+        report.cpu_chart(figures, "datagram", LABELS, what="flows"),
         report.latency_chart(latency[1], "datagram", LABELS),
         report.rate_chart(throughput, "datagram_quic", QUIC_LABELS, "dnat_quic", "QUIC flows"),
+        report.cpu_chart(figures, "datagram_quic", QUIC_LABELS, "dnat_quic", "QUIC flows"),
     ]
     return Result("datagram", ratios, figures, charts=charts)
 

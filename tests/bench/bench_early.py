@@ -176,5 +176,9 @@ def run(console: Console) -> Result:
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
     goals = [Goal(f"early{suffix}/dnat{suffix}", 0.95) for suffix in ("", "6")]
-    charts = [report.rate_chart(throughput, "early", LABELS), report.latency_chart(latency[1], "early", LABELS)]
+    charts = [
+        report.rate_chart(throughput, "early", LABELS),
+        report.cpu_chart(figures, "early", LABELS),
+        report.latency_chart(latency[1], "early", LABELS),
+    ]
     return Result("early", ratios, figures, goals, charts)

@@ -43,4 +43,4 @@ def run(console: Console) -> Result:
     report.show_ratios(console, ratios)
     report.show(console, throughput, figures)
     goals = [Goal("late/dnat", 0.8), Goal("late/haproxy", 1.5), Goal("late6/dnat6", 0.8), Goal("late6/haproxy6", 1.5)]
-    return Result("http", ratios, figures, goals, byname.charts(throughput, latency, SYSTEMS))
+    return Result("http", ratios, figures, goals, byname.charts(throughput, latency, figures, SYSTEMS))

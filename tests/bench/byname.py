@@ -145,11 +145,14 @@ def ratios(throughput: Rounds, systems: Sequence[str], suffix: str = "") -> dict
     return found
 
 
-def charts(throughput: Rounds, latency: Mapping[int, Rounds], systems: Sequence[str]) -> list[Chart]:
-    """Connections a second, and the latency of one at a time."""
+def charts(
+    throughput: Rounds, latency: Mapping[int, Rounds], found: Mapping[str, Any], systems: Sequence[str]
+) -> list[Chart]:
+    """Connections a second, their CPU time, and the latency of one at a time; `found`: the figures of each kind."""
     labels = {system: LABELS[system] for system in systems}
     return [
         report.rate_chart(throughput, "late", labels),
+        report.cpu_chart(found, "late", labels),
         report.latency_chart(latency[1], "late", labels),
     ]
 

@@ -84,6 +84,20 @@ def rate_chart(
     return Chart(what.replace(" ", "-"), title, bars, reference=1)
 
 
+def cpu_chart(
+    found: Mapping[str, Any], ours: str, systems: Mapping[str, str], dnat: str = "dnat", what: str = "connections"
+) -> Chart:
+    """From the figures of kinds: how many each of `systems` opens for a second of CPU time, as ratios to DNAT, which
+    holds on a busy machine, too; microseconds of CPU time for each behind it."""
+    used = {kind: found[kind]["cpu_us_per_connection"]["all"] for kind in (*systems, dnat)}
+    bars = [
+        Bar(label, used[dnat] / used[kind], ours=kind == ours, note=f"{used[kind]:.0f} us of CPU each")
+        for kind, label in systems.items()
+    ]
+    title = f"New {what} for each second of CPU time of client, server and system, as a ratio to DNAT (more is better)"
+    return Chart(f"cpu-{what.replace(' ', '-')}", title, bars, reference=1)
+
+
 def latency_chart(measured: Rounds, ours: str, systems: Mapping[str, str]) -> Chart:
     """Connect to first byte, one at a time, as ratios to DNAT; p50 and p99 behind it."""
     bars = [

@@ -22,12 +22,12 @@ RESULT = Result(
 
 def stored() -> dict[str, object]:
     """As it is read from the file."""
-    found: dict[str, object] = json.loads(json.dumps(results.document(RESULT, 0.25)))
+    found: dict[str, object] = json.loads(json.dumps(results.document(RESULT, 0)))
     return found
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    chart = json.loads(json.dumps(results.document(RESULT, 0.25)))["charts"][0]
+    chart = json.loads(json.dumps(results.document(RESULT, 0)))["charts"][0]
     root = ET.fromstring(plot.draw(chart))
     short, long = (float(bar.attrib["width"]) for bar in root.iter(f"{SVG}rect"))
     assert long == plot.LONGEST and short == long / 4
@@ -51,8 +51,15 @@ def test_the_page_says_which_goals_are_missed() -> None:
     ]
 
 
+def test_the_page_says_where_others_used_the_machine() -> None:
+    (row, *_) = [
+        row for row in results.page([results.document(RESULT, 999)]).splitlines() if row.startswith("| late |")
+    ]
+    assert row.endswith("| **missed**, disturbed |")
+
+
 def test_a_document_says_where_it_was_measured() -> None:
-    found = results.document(RESULT, 0.25)
+    found = results.document(RESULT, 0)
     assert {"cpu", "cores", "memory_mb", "kernel", "system", "niceness", "cores_of_others"} == set(found["machine"])
     assert {"python", "nft", "steerd"} <= set(found["versions"])
     assert found["date"].endswith("+00:00")
