@@ -5,6 +5,11 @@ as many. After each step: the rate at which its connections were opened (is it s
 parts. Client and server programs are many, since a process may have 20,000 files open on some machines. At the end
 every single connection has to bring a byte there and back, and steerd's CPU time is measured while they are idle.
 
+What was found (results/many.json): all 500,000 stood, and were opened at the same rate from the first to the last. Of
+8.7 KB each, 8.1 KB are the two ends' sockets and files; conntrack's entry takes 256 bytes, and up to 240 more for its
+extensions (translation, synproxy's numbers). steerd's processes have 160 MB, and no more than with 100,000: what a
+worker remembers of decided connections is forgotten after a minute, and bounded (core.pending.Limits.remembered).
+
 This takes 6 GB, and more conntrack entries than most machines allow: the limit (nf_conntrack_max) belongs to the
 machine, not to a namespace. So it is raised while this runs, which is said, and put back at the end, also when this is
 interrupted; only SIGKILL leaves it raised.
