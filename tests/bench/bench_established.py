@@ -9,8 +9,8 @@ IP option on every packet, and are compared with DNAT whose clients carry the sa
 
 steerd's and DNAT's packets take the same way, through conntrack alone, with no process in it, but steerd's pass the
 chains of its table as well. An exchange of 18 us (one at a time, everybody on one core, no network in between) takes
-8 % longer for that (`early`), and 10 % with sequence numbers to be translated (`late`): 1.5 us and 0.3 us. A round of bulk carries
-half a gigabyte or more and takes no longer than a second.
+8 % longer for that (`early`), and 10 % with sequence numbers to be translated (`late`): 1.5 us and 0.3 us. A round of
+bulk carries half a gigabyte or more and takes no longer than a second.
 """
 
 from __future__ import annotations
