@@ -8,8 +8,9 @@ IP option on every packet, and are compared with DNAT whose clients carry the sa
 - bulk: 1 and 64 connections at a time, up and down. HAProxy splices, so that payload stays in the kernel.
 
 steerd's and DNAT's packets take the same way, through conntrack alone, with no process in it, but steerd's pass the
-chains of its table as well. An exchange of 18 us (one at a time, everybody on one core, no network in between) takes
-8 % longer for that (`early`), and 10 % with sequence numbers to be translated (`late`): 1.5 us and 0.3 us. A round of
+chains of its table as well. An exchange of 18 us (one at a time, everybody on one core, no network in between) took
+longer for that by 3 and 8 % in two runs (`early`), and by 8 and 10 % with sequence numbers to be translated (`late`).
+A round of
 bulk carries half a gigabyte or more and takes no longer than a second.
 """
 
