@@ -10,8 +10,7 @@ IP option on every packet, and are compared with DNAT whose clients carry the sa
 steerd's and DNAT's packets take the same way, through conntrack alone, with no process in it, but steerd's pass the
 chains of its table as well. An exchange of 18 us (one at a time, everybody on one core, no network in between) took
 longer for that by 3 and 8 % in two runs (`early`), and by 8 and 10 % with sequence numbers to be translated (`late`).
-A round of
-bulk carries half a gigabyte or more and takes no longer than a second.
+A round of bulk carries half a gigabyte or more and takes no longer than a second.
 """
 
 from __future__ import annotations
