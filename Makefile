@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # As root, and leaving no files of root behind in the checkout (byte code, caches).
 AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovider" PATH="$$PATH"
 
-.PHONY: help setup compiled setup-programs setup-bench setup-packages deb wheel man lock test-packages test-matrix test-long demo test lint unit netns test-vm bench bench-plots clean
+.PHONY: help setup compiled setup-programs setup-bench setup-packages setup-lab deb wheel man lock test-packages test-matrix lab test-long demo test lint unit netns test-vm bench bench-plots clean
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-matrix      the same on the oldest, a middle and the newest kernel; one line for each"
 	@echo "make deb wheel        a Debian package, a wheel; both into build/"
 	@echo "make test-packages    the package in a clean Debian with systemd: start to purge, under load"
+	@echo "make lab              a gateway and two clients, by Vagrant and under emulation: every way in, restarts, upgrade, reboot"
 	@echo "make man              the manual pages anew, after a change of commands or of configuration keys"
 	@echo "make lock             requirements.lock anew: the libraries of a release, with hashes"
 	@echo "make test-long        transfers of 1 GB through loss and reordering, a minute of reloads under load"
@@ -37,6 +38,9 @@ setup-bench:
 
 setup-packages:
 	@tests/setup.sh packages
+
+setup-lab:
+	@tests/setup.sh lab
 
 deb: setup-packages
 	@release/deb
@@ -59,7 +63,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	shellcheck -x release/deb release/wheel release/lock release/debian/p* nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/matrix tests/vm/fetch-kernel tests/vm/guest-setup
+	shellcheck -x release/deb release/wheel release/lock release/debian/p* nft/install.sh tests/setup.sh .ci/run tests/vm/run tests/vm/pytest tests/vm/matrix tests/vm/fetch-kernel tests/vm/guest-setup vagrant/build-box vagrant/lab vagrant/network vagrant/provision vagrant/run.sh
 
 unit: setup
 	$(PYTHON) -m pytest -q tests/unit tests/property
@@ -82,6 +86,9 @@ test-packages: setup-packages
 
 test-matrix: compiled
 	$(AS_ROOT) tests/vm/matrix
+
+lab: setup-lab
+	@$(AS_ROOT) vagrant/lab
 
 bench: setup-bench
 	@$(AS_ROOT) $(if $(STEERD_BENCH_QUICK),STEERD_BENCH_QUICK=1) $(PYTHON) -m tests.bench $(ONLY)

@@ -1,9 +1,9 @@
 #!/bin/bash
 # Prepares a Debian 12/13 or Ubuntu 24.04 machine for `make demo`, with the argument `programs` for the tests with real
-# servers too, with `packages` for the Debian package and its test, and with `bench` for the systems that `make bench`
-# compares with: what is missing of the packages below through apt (with sudo if need be; no service is started or
-# enabled), and a virtual environment in .venv. Says what it does; does nothing if nothing is missing.
-# Packages and .venv stay.
+# servers too, with `packages` for the Debian package and its test, with `lab` for the Vagrant lab, and with `bench` for
+# the systems that `make bench` compares with: what is missing of the packages below through apt (with sudo if need be;
+# no service is started or enabled), and a virtual environment in .venv. Says what it does; does nothing if nothing is
+# missing. Packages and .venv stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +28,12 @@ if [ "${1:-}" = packages ]; then
 	packages+=(dpkg-dev mmdebstrap systemd-container)
 fi
 
+if [ "${1:-}" = lab ]; then
+	packages+=(dpkg-dev)
+	packages+=(vagrant vagrant-libvirt libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients dnsmasq-base rsync)
+	packages+=(qemu-system-x86 qemu-utils mmdebstrap fdisk extlinux syslinux-common) # a box, and what runs it
+fi
+
 if [ "${1:-}" = bench ]; then
 	packages+=(haproxy nginx libnginx-mod-stream sslh)
 fi
@@ -37,7 +43,8 @@ as_root() {
 }
 
 services=(nginx.service ssh.service ssh.socket postgresql.service haproxy.service mosquitto.service kamailio.service
-	prometheus.service ufw.service sslh.service)
+	prometheus.service ufw.service sslh.service libvirtd.service libvirtd.socket libvirtd-ro.socket
+	libvirtd-admin.socket libvirt-guests.service virtlockd.socket virtlogd.socket)
 enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
 
 missing=()

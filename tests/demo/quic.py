@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,8 @@ from aioquic.quic.events import ProtocolNegotiated, QuicEvent
 
 _AT_A_TIME = 4
 _FIRST_PORT = 20000
-_PATIENCE = 15.0
+_PATIENCE = float(os.environ.get("STEERD_PATIENCE", "15"))
+"""Seconds; machines that are emulated need more."""
 
 
 class _Daemon(QuicConnectionProtocol):
