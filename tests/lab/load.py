@@ -57,9 +57,9 @@ def own_address(version: int) -> str:
 
 
 def line(connection: socket.socket) -> str:
-    """One line, or what came before the end."""
+    """One line, and nothing of what follows it; or what came before the end."""
     came = b""
-    while not came.endswith(b"\n") and (data := connection.recv(4096)):
+    while not came.endswith(b"\n") and (data := connection.recv(1)):
         came += data
     return came.decode("latin-1").strip()
 
