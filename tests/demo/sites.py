@@ -42,7 +42,7 @@ def main() -> None:
 
 def _serve(listener: socket.socket, tls: ssl.SSLContext | None) -> None:
     """Accept one client and answer its one request."""
-    alias, port = listener.getsockname()
+    alias, port = listener.getsockname()[:2]
     connection, peer = listener.accept()
     with connection:
         connection.settimeout(_PATIENCE)
