@@ -13,7 +13,7 @@ AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovi
 
 help:
 	@echo "make demo             70,000 daemons and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked"
-	@echo "make test             linters, types, unit, property, namespace and stock-kernel tests"
+	@echo "make test             linters, types, unit, property and namespace tests, and test-matrix"
 	@echo "make bench [ONLY=x]   benchmarks (STEERD_BENCH_QUICK=1: only whether they work); figures and plots into tests/bench/results"
 	@echo "make bench-plots      the plots again, from the figures that are there"
 	@echo "make test-vm [KERNEL=x]  the tests that run on a stock kernel, under emulation"
@@ -57,7 +57,7 @@ lock: setup
 demo: setup
 	@$(AS_ROOT) $(PYTHON) -m tests.demo
 
-test: lint unit netns test-vm
+test: lint unit netns test-matrix
 
 lint: setup
 	.venv/bin/ruff check .
