@@ -1,7 +1,7 @@
 """What the machine already does that could get in steerd's way: its routes, ip rules, firewall, and processes.
 
-Everything here looks and changes nothing. It sees the network namespace of the calling thread. steerd's own table, and
-its own chains in iptables-nft's raw and mangle tables, are left out.
+Everything here looks and changes nothing. It sees the network namespace of the calling thread. steerd's own table is
+left out.
 
 nft shows what iptables-nft made of a rule it has no words for as an opaque "xt". Such a rule is read from
 iptables-nft-save instead, which lists the same rules of a chain in the same order.
