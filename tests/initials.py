@@ -88,7 +88,8 @@ def other(kind: int, length: int, *, version: int = VERSION_1, dcid: bytes = DCI
 
 
 def client_hello(name: bytes, *protocols: bytes, size: int = 0) -> bytes:
-    """A ClientHello with its handshake header; with padding (RFC 7685) up to `size` bytes."""
+    """A ClientHello with its handshake header; with padding (RFC 7685) up to `size` bytes, which stands in front of the
+    name, so that this comes last."""
 
     def vector(length_size: int, content: bytes) -> bytes:
         return len(content).to_bytes(length_size) + content
@@ -103,7 +104,7 @@ def client_hello(name: bytes, *protocols: bytes, size: int = 0) -> bytes:
     missing = size - 4 - len(start) - 2 - len(extensions) - 4
     if missing >= 0:
         # Not zeros, so that bytes that are put together wrongly are seen.
-        extensions += extension(21, bytes(at % 251 for at in range(missing)))
+        extensions = extension(21, bytes(at % 251 for at in range(missing))) + extensions
     body = start + vector(2, extensions)
     return b"\x01" + vector(3, body)
 

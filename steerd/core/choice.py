@@ -186,6 +186,10 @@ class Chooser:
                 return Chosen(found.usable[found.table[slot]], None)
         return Chosen(self._next(group_id, known, found.usable, flow), None)
 
+    def key(self, group_id: int) -> str:
+        """By what a group chooses, if by a hash: SOURCE, or a key of a parser. Raises LookupError as `choose` does."""
+        return (self._groups.get(group_id) or self._take_up(group_id)).group.key
+
     def _next(self, group_id: int, known: _Known, usable: Sequence[int], flow: Flow | None) -> int:
         before = None
         if flow is not None:

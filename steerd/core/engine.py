@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import ipaddress
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -43,7 +43,8 @@ from steerd.core.sessions import Claim, Session, SessionsPlan, judge
 from steerd.model import DRAINED, UDP, Answer, Extension, Keys, Outcome, Reason
 from steerd.wire import portext, proxy, quic, quic_lb
 from steerd.wire.packet import Packet
-from steerd.wire.registry import DATAGRAMS, REGISTRY, Inspect, InspectDatagrams
+from steerd.wire.parser import reads_briefly
+from steerd.wire.registry import DATAGRAMS, REGISTRY, DatagramParser, Inspect, InspectDatagrams, Parser
 
 NO_TARGET = 0
 # A named tuple's own constructor takes three times as long.
@@ -185,6 +186,10 @@ class Decision(NamedTuple):
     """Who gave the keys: a payload parser, by name, or portext.NAME; "" if nobody gave any."""
 
 
+_READ_MORE = Decision(Outcome.DROP, Reason.NO_ENDPOINT)
+"""In the place of a decision: it takes a key that the service's parsers were not asked for before."""
+
+
 class _Ranges(NamedTuple):
     """Port ranges on one address, in ascending order and without overlap."""
 
@@ -199,6 +204,8 @@ class _Service(NamedTuple):
     plan: ServicePlan
     inspectors: list[tuple[str, Inspect, bool]]
     """Each with its name, and whether it is exclusive."""
+    brief: list[Parser | DatagramParser]
+    """Those that are asked for the keys that routes look at, and no others."""
     routes_source_extensions: bool
     trusted: list[tuple[int, int, int]] | None
     """Of `plan.trusted_proxies`: bytes of an address, how many low bits do not count, and the others."""
@@ -250,18 +257,8 @@ class Engine:
         self._state = state
         self._chooser = chooser or Chooser(no_group, state)
         self._numbers = plan.numbers
-        self._services = [
-            _Service(
-                service,
-                [_inspector(parser, watch) for parser in service.payload_parsers if parser.name != proxy.PARSER.name],
-                any(part.key == portext.SRC for probe in service.probes for part in probe.parts),
-                _trusted(service.trusted_proxies),
-                [_datagram_inspector(parser, watch) for parser in service.datagram_parsers],
-                any(DATAGRAMS[parser.name].every for parser in service.datagram_parsers),
-                offload.decides_by_extension(service.probes, service.sessions),
-            )
-            for service in plan.services
-        ]
+        self._watch = watch
+        self._services = [_made(service, _keys_of(service), watch) for service in plan.services]
         self._ranges: dict[tuple[bytes, int], _Ranges] = {}
         for endpoint in sorted(plan.endpoints, key=lambda endpoint: endpoint.first_port):
             ranges = self._ranges.setdefault((endpoint.address, endpoint.protocol), _Ranges([], [], []))
@@ -285,7 +282,8 @@ class Engine:
         if extension.dst or reading.keys or plan.unextended is Reason.LATE:
             otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
         reading.keys.update(portext.keys(extension, packet.dport))
-        return self._choose(service, packet, reading, extension, otherwise, malformed)
+        decision = self._choose(service, packet, reading, extension, otherwise, malformed)
+        return self.decide_syn(packet) if decision is _READ_MORE else decision
 
     def decide_first(self, packet: Packet, data: bytes) -> Decision | Literal[Answer.NEED_MORE]:
         """Decide by the first payload of a connection: `data`, from its first byte on. `packet` is any of its segments.
@@ -299,7 +297,8 @@ class Engine:
         if not reading.enough:
             return Answer.NEED_MORE
         otherwise = Reason.DEFAULT if service.plan.default != TargetIds() else Reason.UNMATCHED
-        return self._choose(service, packet, reading, NOT_EXTENDED, otherwise, False)
+        decision = self._choose(service, packet, reading, NOT_EXTENDED, otherwise, False)
+        return self.decide_first(packet, data) if decision is _READ_MORE else decision
 
     def decide_datagrams(self, packet: Packet, payloads: Sequence[bytes]) -> Decision | Literal[Answer.NEED_MORE]:
         """Decide for a flow by its datagrams so far, one or more; `packet` is the last of them."""
@@ -316,6 +315,8 @@ class Engine:
             otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
         reading.keys.update(portext.keys(extension, packet.dport))
         decision = self._choose(service, packet, reading, extension, otherwise, malformed)
+        if decision is _READ_MORE:
+            return self.decide_datagrams(packet, payloads)
         if decision.outcome in (Outcome.RESET, Outcome.ALERT):
             return decision._replace(outcome=Outcome.DROP)
         return decision
@@ -334,6 +335,8 @@ class Engine:
             otherwise = Reason.DEFAULT if plan.default != TargetIds() else Reason.UNMATCHED
         reading.keys.update(portext.keys(extension, packet.dport))
         decision = self._choose(service, packet, reading, extension, otherwise, malformed)
+        if decision is _READ_MORE:
+            return self.decide_keys(packet, keys)
         if packet.protocol == UDP and decision.outcome in (Outcome.RESET, Outcome.ALERT):
             return decision._replace(outcome=Outcome.DROP)
         return decision
@@ -421,7 +424,8 @@ class Engine:
         otherwise: Reason,
         malformed: bool,
     ) -> Decision:
-        """A known session; else the best route; else arithmetic; else what `otherwise` says."""
+        """A known session; else the best route; else arithmetic; else what `otherwise` says. _READ_MORE: to be asked
+        again, with what the service's parsers say then."""
         plan = service.plan
         keys = reading.keys
         parser = reading.parser or (portext.NAME if extension != NOT_EXTENDED else "")
@@ -477,6 +481,11 @@ class Engine:
         plan, keys = service.plan, reading.keys
         refused = None
         if target_id >= GROUP:
+            key = self._chooser.key(target_id)
+            if _is_unread(service, key):
+                more = _made(plan, {*_keys_of(plan), key}, self._watch)
+                self._services = [more if each is service else each for each in self._services]
+                return _READ_MORE
             flow = None if service.decides_every_datagram else packet.flow
             target_id, refused = self._chooser.choose(target_id, packet.protocol, reading.source, keys, flow)
         elif target_id == NO_TARGET:
@@ -489,14 +498,47 @@ class Engine:
         return steered
 
 
-def _inspector(parser: PayloadParser, watch: Watch | None) -> tuple[str, Inspect, bool]:
+def _keys_of(plan: ServicePlan) -> set[str]:
+    """The keys that a service's routes and sessions look at. Those by which its groups choose are not known yet."""
+    keys = {part.key for probe in plan.probes for part in probe.parts}
+    return keys if plan.sessions is None else {*keys, plan.sessions.key}
+
+
+def _made(plan: ServicePlan, keys: Collection[str], watch: Watch | None) -> _Service:
+    """A service whose parsers tell these keys, and others where that costs nothing."""
+    streams = [parser for parser in plan.payload_parsers if parser.name != proxy.PARSER.name]
+    used = [REGISTRY[parser.name] for parser in streams], [DATAGRAMS[parser.name] for parser in plan.datagram_parsers]
+    return _Service(
+        plan,
+        [_inspector(parser, keys, watch) for parser in streams],
+        [parser for parsers in used for parser in parsers if reads_briefly(parser, keys)],
+        any(part.key == portext.SRC for probe in plan.probes for part in probe.parts),
+        _trusted(plan.trusted_proxies),
+        [_datagram_inspector(parser, keys, watch) for parser in plan.datagram_parsers],
+        any(parser.every for parser in used[1]),
+        offload.decides_by_extension(plan.probes, plan.sessions),
+    )
+
+
+def _is_unread(service: _Service, key: str) -> bool:
+    """Whether a parser could tell a key, and was not asked to."""
+    return any(parser.gives(key) and not reads_briefly(parser, [key]) for parser in service.brief)
+
+
+def _inspector(parser: PayloadParser, keys: Collection[str], watch: Watch | None) -> tuple[str, Inspect, bool]:
     registered = REGISTRY[parser.name]
-    return parser.name, _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
+    brief = registered.brief if reads_briefly(registered, keys) else None
+    inspect = brief.inspect if brief else registered.make(tuple(parser.patterns))
+    return parser.name, _watched(parser.name, inspect, watch), registered.exclusive
 
 
-def _datagram_inspector(parser: PayloadParser, watch: Watch | None) -> tuple[str, InspectDatagrams, bool]:
+def _datagram_inspector(
+    parser: PayloadParser, keys: Collection[str], watch: Watch | None
+) -> tuple[str, InspectDatagrams, bool]:
     registered = DATAGRAMS[parser.name]
-    return parser.name, _watched(parser.name, registered.make(tuple(parser.patterns)), watch), registered.exclusive
+    brief = registered.brief if reads_briefly(registered, keys) else None
+    inspect = brief.inspect if brief else registered.make(tuple(parser.patterns))
+    return parser.name, _watched(parser.name, inspect, watch), registered.exclusive
 
 
 def _watched(

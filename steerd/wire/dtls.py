@@ -116,8 +116,8 @@ def client_hello(body: bytes) -> Keys:
     without_cookie = _TLS_1_2 + body[2 : len(body) - hello.left]
     hello.take(hello.number(1))
     without_cookie += body[len(body) - hello.left :]
-    of_tls = tls.client_hello(without_cookie)
-    if of_tls is None:
+    of_tls = tls.client_hello(without_cookie, len(without_cookie))
+    if isinstance(of_tls, Answer):
         raise MalformedError
     keys = {f"d{name}": text for name, text in of_tls.items() if name != "tls.version"}
     known = [version for version in _offered(hello, legacy_version) if version in _VERSIONS]

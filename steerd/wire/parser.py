@@ -20,12 +20,22 @@ says what a protocol can be inspected over (`registry.transports`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from steerd.model import Answer, Keys
 
 Inspect = Callable[[bytes], Keys | Answer]
 InspectDatagrams = Callable[[Sequence[bytes]], Keys | Answer]
+_Inspect = TypeVar("_Inspect", Inspect, InspectDatagrams)
+
+
+class Brief(NamedTuple, Generic[_Inspect]):
+    """A parser's shorter reading, for services that look at none of its other keys. It keeps the same contract, and
+    whenever the long one gives keys, it gives those of them that are here; but it may know them sooner, and does not
+    care whether what follows is malformed."""
+
+    keys: tuple[str, ...]
+    inspect: _Inspect
 
 
 class History(list[bytes]):
@@ -53,6 +63,7 @@ class Parser(NamedTuple):
     """What the manual, steerd.toml(5), says of it (steerd.cli.man)."""
     exclusive: bool = True
     """Whether recognising its protocol rules out all others, so that no further parser need be asked."""
+    brief: Brief[Inspect] | None = None
 
     def gives(self, key: str) -> bool:
         """Whether a key is one of this parser's: `http.header.accept` is one of `http.header.*`."""
@@ -72,10 +83,17 @@ class DatagramParser(NamedTuple):
     exclusive: bool = True
     every: bool = False
     """Each datagram says where it wants to go itself, and nothing about others of its flow."""
+    brief: Brief[InspectDatagrams] | None = None
 
     def gives(self, key: str) -> bool:
         """Whether a key is one of this parser's."""
         return any(covers(known, key) for known in self.keys)
+
+
+def reads_briefly(parser: Parser | DatagramParser, keys: Iterable[str]) -> bool:
+    """Whether the parser has a shorter reading, and that tells all of these keys that are the parser's."""
+    brief = parser.brief
+    return brief is not None and all(key in brief.keys for key in keys if parser.gives(key))
 
 
 def covers(known: str, key: str) -> bool:

@@ -17,7 +17,9 @@ bytes by their offset, and the keys of their connection. `feed` answers
   `quic.cid`, the connection id in hexadecimal.
 
 An answer other than NEED_MORE is final. Whatever the order of a connection's datagrams and however its hello is cut
-into CRYPTO frames, the answer is the same. Once a flow has begun, datagrams that belong to no hello are passed over.
+into CRYPTO frames, the answer is the same. Once a flow has begun, datagrams that belong to no hello are passed over. A
+brief Assembly gives no `quic.alpn`, and answers when the name is there: in the first datagram of most hellos that need
+two.
 
 A flow may carry more than one connection: the client gave up and tries again from the same port, or it answers a Retry,
 each with a connection id of its own. They are kept apart, and the first hello that is complete decides.
@@ -38,6 +40,7 @@ import hmac
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -48,8 +51,8 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from steerd.model import Answer, Keys
 from steerd.wire.cursor import MalformedError, require
-from steerd.wire.parser import DatagramParser, History
-from steerd.wire.tls import client_hello
+from steerd.wire.parser import Brief, DatagramParser, History
+from steerd.wire.tls import client_hello, server_name
 
 HELLO_BOUND = 16384
 """Bytes of one hello, its 4-byte header included."""
@@ -133,9 +136,10 @@ def header(datagram: bytes) -> LongHeader | ShortHeader | None:
 
 
 class Assembly:
-    """The first datagrams of one flow (UDP payloads), until they make a whole hello."""
+    """The first datagrams of one flow (UDP payloads), until they make a whole hello, or enough of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, brief: bool = False) -> None:
+        self._brief = brief
         self._answer: Found | None = None
         self._datagrams = 0
         self._hellos: dict[tuple[int, bytes], _Hello] = {}
@@ -173,7 +177,7 @@ class Assembly:
         if len(datagram) >= MIN_INITIAL_DATAGRAM:
             hello = self._add(datagram, first)
         if hello is not None:
-            return hello.keys()
+            return hello.keys(self._brief)
         if first.kind is Kind.ZERO_RTT:
             return Answer.NEED_MORE
         return first if len(datagram) >= MIN_INITIAL_DATAGRAM else Answer.NOT_MINE
@@ -198,9 +202,9 @@ class Assembly:
         return hello
 
 
-def inspect(datagrams: Sequence[bytes]) -> Found:
+def inspect(datagrams: Sequence[bytes], brief: bool = False) -> Found:
     """What an Assembly says of these datagrams, fed in this order; NEED_MORE of none."""
-    assembly = Assembly()
+    assembly = Assembly(brief)
     answer: Found = Answer.NEED_MORE
     for datagram in datagrams:
         answer = assembly.feed(datagram)
@@ -268,7 +272,7 @@ class _Hello:
         require(end <= HELLO_BOUND and len(runs) <= PIECE_BOUND)
         self._runs = runs
 
-    def keys(self) -> Keys | Answer:
+    def keys(self, brief: bool) -> Keys | Answer:
         """Keys of the hello, or NEED_MORE. Raises MalformedError if it is not a ClientHello."""
         if not self._runs or self._runs[0][0] != 0:
             return Answer.NEED_MORE
@@ -278,10 +282,11 @@ class _Hello:
             return Answer.NEED_MORE
         end = _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
         require(end <= HELLO_BOUND)
-        if len(message) < end:
+        read = server_name if brief else client_hello
+        of_tls = read(bytes(message[_MESSAGE_HEADER:end]), end - _MESSAGE_HEADER)
+        if of_tls is Answer.NEED_MORE:
             return Answer.NEED_MORE
-        of_tls = client_hello(bytes(message[_MESSAGE_HEADER:end]))
-        if of_tls is None:
+        if of_tls is Answer.NOT_MINE:
             raise MalformedError
         keys = {f"quic.{name[4:]}": value for name, value in of_tls.items() if name != "tls.version"}
         keys["quic.version"] = _VERSION_NAMES[self._version]
@@ -465,9 +470,9 @@ MID_CONNECTION = frozenset({SHORT, *(kind.value for kind in (Kind.INITIAL, Kind.
 """Values of PACKET that say: no beginning of a connection. Only its connection id can tell where it belongs."""
 
 
-def _inspect(datagrams: Sequence[bytes]) -> Keys | Answer:
+def _inspect(datagrams: Sequence[bytes], brief: bool = False) -> Keys | Answer:
     """What `inspect` says, with a header that holds no hello turned into keys."""
-    match _resume(datagrams) if isinstance(datagrams, History) else inspect(datagrams):
+    match _resume(datagrams, brief) if isinstance(datagrams, History) else inspect(datagrams, brief):
         case ShortHeader(beginning=beginning):
             return {PACKET: SHORT, CONNECTION_ID: beginning.hex()}
         case LongHeader(kind=kind, dcid=dcid):
@@ -476,15 +481,15 @@ def _inspect(datagrams: Sequence[bytes]) -> Keys | Answer:
             return found
 
 
-def _resume(history: History) -> Found:
+def _resume(history: History, brief: bool) -> Found:
     """`inspect` of a flow whose earlier datagrams were read before: to decrypt all of them with every new one would let
     a client that sends many halves of hellos cost many times what others do."""
-    memory = history.memory.get(PACKET)
-    assembly, seen = memory if isinstance(memory, tuple) else (Assembly(), 0)
+    memory = history.memory.get(place := f"{PACKET} {brief}")
+    assembly, seen = memory if isinstance(memory, tuple) else (Assembly(brief), 0)
     answer: Found = Answer.NEED_MORE
     for datagram in history[seen:]:
         answer = assembly.feed(datagram)
-    history.memory[PACKET] = (assembly, len(history))
+    history.memory[place] = (assembly, len(history))
     return answer
 
 
@@ -494,4 +499,7 @@ DATAGRAMS = DatagramParser(
     datagrams=DATAGRAM_BOUND,
     make=lambda _patterns: _inspect,
     summary="QUIC: the server name and protocols of its TLS hello, or the server id in a connection id",
+    brief=Brief(
+        ("quic.sni", "quic.version", FIRST_ID, PACKET, CONNECTION_ID, SERVER_ID), partial(_inspect, brief=True)
+    ),
 )

@@ -17,6 +17,9 @@ other, an extension that is there twice (RFC 8446 section 4.2), more than one ho
 space or control characters (a reader of C strings would see another name), and a hello that does not end within the
 first 18,432 bytes. RFC 8446 would allow 16 MiB, and common servers take 16 KiB.
 
+Where `tls.sni` is the only key that counts (`BRIEF`), the answer is there with the name, which stands in the first
+segment of most hellos that need two; what follows is the daemon's to judge.
+
 Not covered: the hello of SSL 2.0 (RFC 6101 appendix E), DTLS, hellos after a HelloRetryRequest (the connection is
 decided by then), and TLS that begins after a plaintext exchange (STARTTLS).
 """
@@ -25,10 +28,11 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 
 from steerd.model import Answer, Keys
-from steerd.wire.parser import Parser, always
+from steerd.wire.parser import Brief, Parser, always
 
 BOUND = 18432
 """A hello of 16 KiB (a post-quantum one has 2 KiB) and the headers of its records."""
@@ -61,55 +65,73 @@ _NOT_IN_A_NAME = re.compile(rb"[\x00-\x20\x7f]")
 
 def inspect(data: bytes) -> Keys | Answer:
     """Keys of the ClientHello that `data` begins with, or NEED_MORE, or NOT_MINE."""
-    message = _handshake_bytes(data[:BOUND])
-    if message is None or (message and message[0] != _CLIENT_HELLO):
-        return Answer.NOT_MINE
-    more = Answer.NEED_MORE if len(data) < BOUND else Answer.NOT_MINE
-    if len(message) < _MESSAGE_HEADER:
-        return more
-    end = _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
-    if end + _RECORD_HEADER > BOUND:
-        return Answer.NOT_MINE
-    if len(message) < end:
-        return more
-    keys = client_hello(message[_MESSAGE_HEADER:end])
-    return Answer.NOT_MINE if keys is None else keys
+    return _inspect(data, client_hello)
 
 
-def client_hello(body: bytes) -> Keys | None:
-    """Keys of a whole ClientHello: the body of the handshake message, without its 4-byte header (QUIC carries it
-    without records, RFC 9001 section 4). None: malformed."""
+def inspect_name(data: bytes) -> Keys | Answer:
+    """The same, of `tls.sni` alone."""
+    return _inspect(data, server_name)
+
+
+def _inspect(data: bytes, read: Callable[[bytes, int], Keys | Answer]) -> Keys | Answer:
+    message, broken = _handshake_bytes(data[:BOUND])
+    if message and message[0] != _CLIENT_HELLO:
+        return Answer.NOT_MINE
+    answer: Keys | Answer = Answer.NEED_MORE
+    if len(message) >= _MESSAGE_HEADER:
+        end = _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
+        if end + _RECORD_HEADER > BOUND:
+            return Answer.NOT_MINE
+        answer = read(message[_MESSAGE_HEADER:end], end - _MESSAGE_HEADER)
+    return Answer.NOT_MINE if answer is Answer.NEED_MORE and (broken or len(data) >= BOUND) else answer
+
+
+def client_hello(body: bytes, size: int) -> Keys | Answer:
+    """Keys of a ClientHello of `size` bytes, of which `body` is there: of the handshake message, without its 4-byte
+    header (QUIC carries it without records, RFC 9001 section 4)."""
+    if len(body) < size:
+        return Answer.NEED_MORE
     try:
         return _read_hello(body)
     except (_MalformedError, IndexError, struct.error):
-        return None
+        return Answer.NOT_MINE
 
 
-def _handshake_bytes(data: bytes) -> bytes | None:
-    """What the handshake records at the beginning carry, as far as it is there, up to the end of the first message;
-    None: the bytes are not such records, or too many."""
+def server_name(body: bytes, size: int) -> Keys | Answer:
+    """The same, of `tls.sni` alone: as soon as it is there, and nothing behind it is looked at."""
+    try:
+        return _read_name(body, size)
+    except _MalformedError:
+        return Answer.NOT_MINE
+    except (IndexError, struct.error):  # the end of what is there, or of the hello
+        return Answer.NEED_MORE if len(body) < size else Answer.NOT_MINE
+
+
+def _handshake_bytes(data: bytes) -> tuple[bytes, bool]:
+    """What the handshake records at the beginning carry, as far as it is there, up to the end of the first message; and
+    whether something else, or too many of them, follows before that end."""
     # Nearly always there is but one, and it holds the whole message.
     if len(data) > _RECORD_HEADER + _MESSAGE_HEADER:
         kind, major, length, message_length = _ONE_RECORD(data)
         if kind == _HANDSHAKE and major == _MAJOR_VERSION and 0 < length <= _MAX_FRAGMENT:
             end = _MESSAGE_HEADER + (message_length & 0xFFFFFF)
             if end <= length and _RECORD_HEADER + end <= len(data):
-                return data[_RECORD_HEADER : _RECORD_HEADER + length]
+                return data[_RECORD_HEADER : _RECORD_HEADER + length], False
     message = bytearray()
     start = records = 0
     while start < len(data):
         # All of them are read again with every segment that comes.
         records += 1
         if records > MAX_RECORDS:
-            return None
+            return bytes(message), True
         header = data[start : start + _RECORD_HEADER]
         if header[0] != _HANDSHAKE or header[1:2] not in (b"", bytes([_MAJOR_VERSION])):
-            return None
+            return bytes(message), True
         if len(header) < _RECORD_HEADER:
             break
         length = int.from_bytes(header[3:])
         if not 0 < length <= _MAX_FRAGMENT:
-            return None
+            return bytes(message), True
         start += _RECORD_HEADER
         message += data[start : start + length]
         start += length
@@ -118,7 +140,7 @@ def _handshake_bytes(data: bytes) -> bytes | None:
             end = _MESSAGE_HEADER + int.from_bytes(message[1:_MESSAGE_HEADER])
             if len(message) >= end:
                 break
-    return bytes(message)
+    return bytes(message), False
 
 
 class _MalformedError(Exception):
@@ -133,10 +155,12 @@ def _only_vector(data: bytes, start: int, length_size: int) -> bytes:
     return data[first:]
 
 
-def _read_hello(body: bytes) -> Keys:
-    """RFC 8446 section 4.1.2; before TLS 1.3 there could be no extensions at all (RFC 5246 section 7.4.1.2)."""
+def _behind_the_suites(body: bytes, size: int) -> int:
+    """Where a hello's extensions begin, with their length; before TLS 1.3 there could be none at all, and the hello end
+    here (RFC 8446 section 4.1.2, RFC 5246 section 7.4.1.2)."""
     session_id = body[_HELLO_START]
-    cipher_suites, at = _LENGTH(body, _HELLO_START + 1 + session_id)[0], _HELLO_START + 3 + session_id
+    cipher_suites: int = _LENGTH(body, _HELLO_START + 1 + session_id)[0]
+    at = _HELLO_START + 3 + session_id
     at += cipher_suites
     compression_methods = body[at]
     at += 1 + compression_methods
@@ -146,9 +170,35 @@ def _read_hello(body: bytes) -> Keys:
         or not cipher_suites
         or cipher_suites % 2
         or not compression_methods
-        or at > len(body)
+        or at > size
     ):
         raise _MalformedError
+    return at
+
+
+def _read_name(body: bytes, size: int) -> Keys:
+    start = _behind_the_suites(body, size)
+    if start == size:
+        return {}
+    if start + 2 + _LENGTH(body, start)[0] != size:
+        raise _MalformedError
+    start += 2
+    while start < size:
+        kind, length = _EXTENSION_HEADER(body, start)
+        start += 4
+        end = start + length
+        if end > size:
+            raise _MalformedError
+        if kind == _SERVER_NAME:
+            if end > len(body):
+                raise IndexError
+            return {"tls.sni": _host_name(body[start:end])}
+        start = end
+    return {}
+
+
+def _read_hello(body: bytes) -> Keys:
+    at = _behind_the_suites(body, len(body))
     extensions = _extensions(body, at) if at < len(body) else {}
 
     keys: Keys = {}
@@ -188,7 +238,7 @@ def _content(body: bytes, start: int) -> bytes:
 def _host_name(content: bytes) -> str:
     """The one host name of a ServerNameList; names of other types, which nobody ever defined, are refused."""
     size = len(content)
-    if _ONE_NAME(content) != (size - 2, _HOST_NAME, size - 5):
+    if size < 5 or _ONE_NAME(content) != (size - 2, _HOST_NAME, size - 5):
         raise _MalformedError
     name = content[5:]
     if _NOT_IN_A_NAME.search(name):
@@ -242,10 +292,12 @@ _known_protocols = lru_cache(maxsize=1024)(_protocols)
 _known_versions = lru_cache(maxsize=1024)(_versions)
 
 
+BRIEF = Brief(("tls.sni",), inspect_name)
 PARSER = Parser(
     name="tls",
     keys=("tls.sni", "tls.alpn", "tls.alpn.*", "tls.version"),
     bound=BOUND,
     make=always(inspect),
     summary="TLS: server name (SNI), application protocols (ALPN) and version of the ClientHello",
+    brief=BRIEF,
 )

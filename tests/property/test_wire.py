@@ -57,8 +57,9 @@ def inputs(parser: Parser) -> st.SearchStrategy[bytes]:
 
 
 def inspectors(parser: Parser) -> list[Inspect]:
-    """The parser as services make it: without routes of its own, and with some."""
-    return [parser.make(patterns) for patterns in PATTERN_SETS]
+    """The parser as services make it: without routes of its own, and with some; and its brief reading."""
+    brief = [parser.brief.inspect] if parser.brief else []
+    return [parser.make(patterns) for patterns in PATTERN_SETS] + brief
 
 
 def check_form(parser: Parser | DatagramParser, answer: Keys | Answer) -> None:
@@ -83,6 +84,29 @@ def test_the_answer_does_not_depend_on_how_the_bytes_were_cut(parser: Parser) ->
                 check_form(parser, answer)
                 assert final is Answer.NEED_MORE or answer == final, (length, final, answer)
                 final = answer
+
+    check()
+
+
+def check_brief(keys: tuple[str, ...], brief: Keys | Answer, long: Keys | Answer) -> None:
+    """What a brief reading may say where the long one says this."""
+    if isinstance(long, dict):
+        assert brief == {key: text for key, text in long.items() if key in keys}
+        return
+    assert brief is not Answer.NEED_MORE or long is Answer.NEED_MORE
+    assert isinstance(brief, Answer) or brief.keys() <= set(keys)
+
+
+@pytest.mark.parametrize("parser", [p for p in REGISTRY.values() if p.brief], ids=lambda parser: parser.name)
+def test_a_brief_reading_gives_the_same_keys(parser: Parser) -> None:
+    assert parser.brief is not None
+    keys, inspect_briefly = parser.brief
+    assert all(parser.gives(key) for key in keys)
+
+    @settings(max_examples=500, deadline=None)
+    @given(inputs(parser))
+    def check(data: bytes) -> None:
+        check_brief(keys, inspect_briefly(data), parser.make(())(data))
 
     check()
 
@@ -134,7 +158,22 @@ def cut(draw: st.DrawFn, originals: list[bytes]) -> bytes:
 
 
 def datagram_inspectors(parser: DatagramParser) -> list[InspectDatagrams]:
-    return [parser.make(patterns) for patterns in PATTERN_SETS_OF.get(parser.name, PATTERN_SETS)]
+    brief = [parser.brief.inspect] if parser.brief else []
+    return [parser.make(patterns) for patterns in PATTERN_SETS_OF.get(parser.name, PATTERN_SETS)] + brief
+
+
+@pytest.mark.parametrize("parser", [p for p in DATAGRAMS.values() if p.brief], ids=lambda parser: parser.name)
+def test_a_brief_reading_of_datagrams_gives_the_same_keys(parser: DatagramParser) -> None:
+    assert parser.brief is not None
+    keys, inspect_briefly = parser.brief
+    assert all(parser.gives(key) for key in keys)
+
+    @settings(max_examples=200, deadline=None)
+    @given(flows_of(parser))
+    def check(datagrams: list[bytes]) -> None:
+        check_brief(keys, inspect_briefly(datagrams), parser.make(())(datagrams))
+
+    check()
 
 
 @datagram_parsers

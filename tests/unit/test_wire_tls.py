@@ -11,7 +11,7 @@ from scapy.layers.tls.extensions import TLS_Ext_ALPN, TLS_Ext_ServerName, TLS_Ex
 from scapy.layers.tls.handshake import TLSClientHello
 
 from steerd.model import Answer, Keys
-from steerd.wire.tls import BOUND, MAX_RECORDS, client_hello, inspect
+from steerd.wire.tls import BOUND, MAX_RECORDS, client_hello, inspect, inspect_name
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 REAL = sorted(VECTORS.glob("tls-*.bin"))
@@ -28,6 +28,11 @@ def keys(data: bytes) -> Keys:
     answer = inspect(data)
     assert isinstance(answer, dict), answer
     return answer
+
+
+def whole(content: bytes) -> Keys | Answer:
+    """What the body of a whole ClientHello says."""
+    return client_hello(content, len(content))
 
 
 def vector(length_size: int, content: bytes) -> bytes:
@@ -166,9 +171,10 @@ def test_records_of_any_size(size: int) -> None:
 
 
 def test_the_body_alone_is_read_too() -> None:
-    assert client_hello(payload(real("curl-7.88.1-get"))[4:]) == keys(real("curl-7.88.1-get"))
-    assert client_hello(b"") is None
-    assert client_hello(body() + b"\x00") is None
+    assert whole(payload(real("curl-7.88.1-get"))[4:]) == keys(real("curl-7.88.1-get"))
+    assert whole(b"") is Answer.NOT_MINE
+    assert whole(body() + b"\x00") is Answer.NOT_MINE
+    assert client_hello(body()[:-1], len(body())) is Answer.NEED_MORE
 
 
 @pytest.mark.parametrize(
@@ -215,13 +221,43 @@ def test_the_highest_version_offered(offered: list[int], highest: str | None) ->
     ("version", "highest"), [(0x0300, None), (0x0301, "1.0"), (0x0303, "1.2"), (0x0304, "1.2"), (0x03FF, "1.2")]
 )
 def test_without_the_extension_the_old_field_says_it(version: int, highest: str | None) -> None:
-    found = client_hello(body(version=version))
-    assert found is not None
+    found = whole(body(version=version))
+    assert isinstance(found, dict)
     assert found.get("tls.version") == highest
 
 
 def test_no_extensions_at_all() -> None:
-    assert client_hello(body()[:-2]) == {"tls.version": "1.2"}
+    assert whole(body()[:-2]) == {"tls.version": "1.2"}
+
+
+def test_the_name_alone_is_known_before_the_hello_ends() -> None:
+    data = hello(alpn(b"h2"), server_name(b"a.example"), versions(0x0304), extension(21, bytes(2000)))
+    end = data.index(b"a.example") + len(b"a.example")
+    assert inspect_name(data[: end - 1]) is Answer.NEED_MORE
+    assert inspect_name(data[:end]) == inspect_name(data) == {"tls.sni": "a.example"}
+    assert inspect(data[:end]) is Answer.NEED_MORE
+
+
+def test_that_there_is_no_name_is_known_with_the_last_extensions_header() -> None:
+    data = hello(alpn(b"h2"), extension(21, bytes(2000)))
+    assert inspect_name(data[:-2001]) is Answer.NEED_MORE
+    assert inspect_name(data[:-2000]) == {}
+    assert inspect_name(data) == {}
+    assert inspect_name(records(message(body()[:-2]), 1 << 14)) == {}
+
+
+def test_what_follows_the_name_is_not_judged_and_what_precedes_it_is() -> None:
+    good = hello(server_name(b"a.example"), extension(21, bytes(200)))
+    assert inspect_name(records(message(body(server_name(b"a.example"), server_name(b"b.example"))), 1 << 14)) == {
+        "tls.sni": "a.example"
+    }
+    first_record = records(message(payload(good)[4:]), 100)[:105]
+    assert inspect_name(first_record + b"\x17\x03\x03\x00\x05other") == {"tls.sni": "a.example"}
+    assert inspect_name(first_record[:9] + b"\xff" + first_record[10:]) is Answer.NOT_MINE
+    too_long = body(extension(21, bytes(4)), server_name(b"a.example")).replace(
+        b"\x00\x15\x00\x04", b"\x00\x15\x40\x00"
+    )
+    assert inspect_name(records(message(too_long), 1 << 14)) is Answer.NOT_MINE
 
 
 def test_of_encrypted_client_hello_the_outer_name_is_seen() -> None:
@@ -266,7 +302,7 @@ def test_of_encrypted_client_hello_the_outer_name_is_seen() -> None:
     ids=range(30),
 )
 def test_malformed_hellos(content: bytes) -> None:
-    assert client_hello(content) is None
+    assert whole(content) is Answer.NOT_MINE
     data = records(message(content), 1 << 14)
     assert inspect(data) is Answer.NOT_MINE
     assert inspect(data[:-1]) is Answer.NEED_MORE
