@@ -87,9 +87,9 @@ def other(kind: int, length: int, *, version: int = VERSION_1, dcid: bytes = DCI
     return long_header(kind, version, dcid) + varint(length, 2) + bytes(255 - at % 256 for at in range(length))
 
 
-def client_hello(name: bytes, *protocols: bytes, size: int = 0) -> bytes:
-    """A ClientHello with its handshake header; with padding (RFC 7685) up to `size` bytes, which stands in front of the
-    name, so that this comes last."""
+def client_hello(name: bytes, *protocols: bytes, size: int = 0, padding_first: bool = True) -> bytes:
+    """A ClientHello with its handshake header; with padding (RFC 7685) up to `size` bytes, in front of the name or
+    behind everything else."""
 
     def vector(length_size: int, content: bytes) -> bytes:
         return len(content).to_bytes(length_size) + content
@@ -104,7 +104,8 @@ def client_hello(name: bytes, *protocols: bytes, size: int = 0) -> bytes:
     missing = size - 4 - len(start) - 2 - len(extensions) - 4
     if missing >= 0:
         # Not zeros, so that bytes that are put together wrongly are seen.
-        extensions = extension(21, bytes(at % 251 for at in range(missing))) + extensions
+        padding = extension(21, bytes(at % 251 for at in range(missing)))
+        extensions = padding + extensions if padding_first else extensions + padding
     body = start + vector(2, extensions)
     return b"\x01" + vector(3, body)
 

@@ -15,6 +15,7 @@ from scapy.layers.dns import DNS, DNSQR
 
 from steerd import config
 from steerd.control.registry import Reader, Registry
+from steerd.core.choice import Chooser
 from steerd.core.engine import Decision, Engine
 from steerd.core.sessions import Claim
 from steerd.model import DEAD, DRAINED, TCP, UDP, Answer, Extension, Outcome, Reason
@@ -207,7 +208,9 @@ class Decider:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self.states: defaultdict[int, int] = defaultdict(int)
-        self.engine = Engine(reader.refresh(), reader.route, reader.session, state=self.states.__getitem__)
+        state = self.states.__getitem__
+        chooser = Chooser(reader.group, state)
+        self.engine = Engine(reader.refresh(), reader.route, reader.session, state=state, chooser=chooser)
 
     def decide(self, packet: Packet) -> Decision:
         return self.engine.decide_syn(packet)
@@ -880,3 +883,84 @@ routes = [{ when = { "http.host" = "a.example" }, source = "2001:db8:7::/48", ta
             found = plan.first(WEB4, f"PROXY TCP6 {client} {client} 5555 443\r\n".encode() + REQUEST)
             assert found is not None
             assert found.reason is reason
+
+
+NAMES_CONFIG = """
+[pools.sites]
+prefixes = ["10.64.0.0/24"]
+[services.name]
+endpoints = ["203.0.113.10:443/tcp", "203.0.113.10:443/udp"]
+inspect = ["tls", "quic"]
+routes = [
+    { when = { tls.sni = "a.example" }, target = "10.64.0.1:443" },
+    { when = { quic.sni = "a.example" }, target = "10.64.0.2:443" },
+]
+[services.protocol]
+endpoints = ["203.0.113.11:443/tcp"]
+inspect = ["tls"]
+routes = [
+    { when = { tls.sni = "a.example" }, target = "10.64.0.1:443" },
+    { when = { tls.sni = "a.example", tls.alpn = "h2" }, target = "10.64.0.2:443" },
+]
+[services.group]
+endpoints = ["203.0.113.12:443/tcp"]
+inspect = ["tls"]
+routes = [
+    { when = { tls.sni = "a.example" }, choose = "hash", hash = "tls.alpn", target = ["10.64.0.1:1", "10.64.0.2:1"] },
+    { when = { tls.sni = "b.example" }, choose = "hash", target = ["10.64.0.1:443", "10.64.0.2:443"] },
+    { when = { tls.sni = "c.example" }, target = "10.64.0.3:443" },
+]
+"""
+
+
+def long_hello(name: bytes) -> tuple[bytes, int]:
+    """A TLS hello with a long extension behind its name, and where the name ends. It offers h2."""
+    message = initials.client_hello(name, b"h2", size=2000, padding_first=False)
+    data = b"\x16\x03\x01" + len(message).to_bytes(2) + message
+    return data, data.index(name) + len(name)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decider]:
+    with decider(tmp_path_factory.mktemp("state"), NAMES_CONFIG) as made:
+        yield made
+
+
+def test_where_only_the_name_counts_the_beginning_of_a_hello_suffices(names: Decider) -> None:
+    data, end = long_hello(b"a.example")
+    assert names.first("203.0.113.10:443", data[: end - 1]) is None
+    early, whole = names.first("203.0.113.10:443", data[:end]), names.first("203.0.113.10:443", data)
+    assert early is not None
+    assert early == whole
+    assert (names.target(early), early.keys) == ("10.64.0.1:443", {"tls.sni": "a.example"})
+
+
+def test_of_quic_the_first_datagram_suffices(names: Decider) -> None:
+    hello = initials.flight(initials.client_hello(b"a.example", b"h3", size=1700, padding_first=False))
+    first, second = hello
+    assert decided(names, "203.0.113.10:443", first) == steered("10.64.0.2:443")
+    assert decided(names, "203.0.113.10:443", second) is Answer.NEED_MORE
+    assert decided(names, "203.0.113.10:443", second, first) == steered("10.64.0.2:443")
+
+
+def test_where_a_route_looks_at_more_the_hello_is_read_to_its_end(names: Decider) -> None:
+    data, _ = long_hello(b"a.example")
+    assert names.first("203.0.113.11:443", data[:-1]) is None
+    found = names.first("203.0.113.11:443", data)
+    assert found is not None
+    assert names.target(found) == "10.64.0.2:443"
+
+
+def test_a_group_that_chooses_by_another_key_has_the_hello_read_to_its_end(names: Decider) -> None:
+    """No route says so: it is found when the group is met, and from then on."""
+    for name in (b"b.example", b"c.example"):
+        data, end = long_hello(name)
+        assert names.first("203.0.113.12:443", data[:end]) is not None
+    data, end = long_hello(b"a.example")
+    assert names.first("203.0.113.12:443", data[:end]) is None
+    found = names.first("203.0.113.12:443", data)
+    assert found is not None
+    assert found.keys["tls.alpn"] == "h2"
+    assert found.outcome is Outcome.STEER
+    data, end = long_hello(b"c.example")
+    assert names.first("203.0.113.12:443", data[:end]) is None
