@@ -19,7 +19,7 @@ usage: install.sh [ACTION] [OPTION...]
   --check            say whether the kernel would take it, and which sysctls differ; changes nothing
   --print            print what would be loaded; changes nothing
   --status           say what is loaded, whether workers listen, which sysctls differ, and which firewall would drop
-                     steered connections, with the rule to add; changes nothing; exit status 1 if something is amiss
+                     what is steered, with the rule to add; changes nothing; exit status 1 if something is amiss
   --uninstall        remove the table whole; set the sysctls back
 
   --mark-bits L-H    the bits of the packet mark that are ours (8-31); the same as gateway.mark_bits
@@ -224,11 +224,12 @@ restore_sysctls() {
 }
 
 # firewall_drops HOOK: the base chains of others in a hook that drop a new connection whose address was translated, one
-# line each: FAMILY TABLE CHAIN HAS-UFW. A firewall that is not told of steerd's decision sees nothing but a connection
-# to the alias and its port.
+# line each: FAMILY TABLE CHAIN HAS-UFW LATE. A firewall that is not told of steerd's decision sees nothing but a
+# connection to the alias and its port. LATE: what late steering opens is dropped, too, though it comes from lo.
+# steerd/kernel/firewalls.py does the same for `steerd check --live`.
 #
-# Chains are followed as the kernel does, as far as that can be said of any such connection: it is new, it does not come
-# from lo, and in the hook input it is for a local address. A rule with any other condition is taken not to match, but
+# Chains are followed as the kernel does, as far as that can be said of any such connection: it is new, and in the hook
+# input it is for a local address. A rule with any other condition is taken not to match, but
 # for those that only lead on (jump, goto) by interface or protocol. So a rule against single ports or addresses is not
 # found; who wrote it must know whether the ports of aliases are meant.
 firewall_drops() {
@@ -247,7 +248,10 @@ firewall_drops() {
 		if (conditions ~ /^ct status (== )?dnat$/) return 1
 		if (conditions ~ /^ct (state|status) [a-z, {}]*new/ ) return 1
 		if (conditions == "fib daddr type local") return hook == "input"
-		if (conditions ~ /^(ct state|iif(name)? "?lo"?)/) return 0
+		if (conditions ~ /^ct state/) return 0
+		if (conditions ~ /^iif(name)? (!= )?"?lo"?$/) return (conditions ~ /!=/) != lo
+		if (conditions ~ /^iif(name)? "?lo"?( |$)/) return lo ? -1 : 0
+		if (conditions ~ /^iif(name)? "?[^"{!]*"?( |$)/) return lo ? 0 : -1
 		return -1
 	}
 	function judge(chain, depth,    n, i, rule, verdict, conditions, known, there) {
@@ -291,9 +295,11 @@ firewall_drops() {
 		for (b = 1; b <= bases; b++) {
 			split(base[b], part, SUBSEP)
 			prefix = part[1] SUBSEP part[2]
-			verdict = judge(base[b], 0)
-			if (verdict == "") verdict = policy[base[b]]
-			if (verdict == "drop") print part[1], part[2], part[3], ((part[1], part[2]) in ufw) ? "ufw" : "-"
+			for (lo = 0; lo <= 1; lo++) {
+				fate[lo] = judge(base[b], 0)
+				if (fate[lo] == "") fate[lo] = policy[base[b]]
+			}
+			if (fate[0] == "drop") print part[1], part[2], part[3], ((part[1], part[2]) in ufw) ? "ufw" : "-", (fate[1] == "drop") ? "late" : "-"
 		}
 	}'
 }
@@ -313,8 +319,12 @@ rule_to_add() {
 }
 
 report_firewalls() {
-	firewall_drops input | while read -r family table chain ufw; do
-		echo "firewall: chain $chain of table $family $table drops steered connections, which it sees as new ones to an alias; add the rule"
+	firewall_drops input | while read -r family table chain ufw late; do
+		case $late in
+		late) what="all that is steered" ;;
+		*) what="what is steered at the SYN or as a datagram (late steering is not affected)" ;;
+		esac
+		echo "firewall: chain $chain of table $family $table drops $what, which it sees as new connections to an alias; add the rule"
 		rule_to_add "$family" "$table" "$chain" "$ufw"
 	done
 	[ ! -s /proc/net/ip_tables_names ] && [ ! -s /proc/net/ip6_tables_names ] ||
@@ -322,7 +332,7 @@ report_firewalls() {
 }
 
 note_forwarding() {
-	firewall_drops forward | while read -r family table chain ufw; do
+	firewall_drops forward | while read -r family table chain ufw _; do
 		echo "for targets that are not on this machine (external): chain $chain of table $family $table drops what is forwarded to them; add the rule"
 		rule_to_add "$family" "$table" "$chain" "$ufw"
 	done

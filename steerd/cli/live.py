@@ -16,7 +16,7 @@ from typing import NamedTuple
 from steerd.config import Config, Service, Unextended
 from steerd.config.parsers import PORT_EXTENSION
 from steerd.errors import Problem, SteerdError
-from steerd.kernel import host, listeners, sysctls
+from steerd.kernel import firewalls, host, listeners, sysctls
 from steerd.kernel.nftables import Nftables
 from steerd.model import TCP, UDP, Endpoint, IPAddress
 
@@ -35,6 +35,7 @@ def check(config: Config) -> list[Problem]:
         *_endpoints_elsewhere(config),
         *_mark_conflicts(config, tables),
         *_deadly_rules(tables),
+        *_firewalls(config, tables),
         *_sysctls(config),
         *_wildcard_listeners(config),
         *_own_listeners(config),
@@ -129,6 +130,41 @@ def _deadly_rules(tables: list[host.Table]) -> Iterator[Problem]:
             "services",
             f"A firewall rule drops packets that conntrack calls invalid: {finding}."
             f" {_AT_HOOK[finding.base.hook or '']}",
+        )
+
+
+def _firewalls(config: Config, tables: list[host.Table]) -> Iterator[Problem]:
+    """Firewalls that drop what was steered."""
+    early = next((service.name for service in config.services if service.is_early), None)
+    late = next((service.name for service in config.services if service.is_late), None)
+    for found in firewalls.drops(tables, "input"):
+        where = f"chain {found.chain.name} of table {found.table.family} {found.table.name}"
+        if found.late and (early or late):
+            yield Problem(
+                f"services.{early or late}",
+                f"The firewall ({where}) drops all that is steered, which it sees as new connections to an alias: add"
+                f" {found.remedy}.",
+            )
+        elif early:
+            yield Problem(
+                f"services.{early}",
+                f"The firewall ({where}) drops what is steered at the SYN or as a datagram (late steering is not"
+                f" affected), which it sees as new connections to an alias: add {found.remedy}.",
+            )
+    pools = config.pools.values()
+    outside = next(
+        (
+            service.name
+            for service in config.services
+            if service.is_early and any(not any(to.address in pool for pool in pools) for to in service.targets)
+        ),
+        None,
+    )
+    for found in firewalls.drops(tables, "forward") if outside else ():
+        yield Problem(
+            f"services.{outside}",
+            f"The firewall (chain {found.chain.name} of table {found.table.family} {found.table.name}) drops what is"
+            f" forwarded to targets that are not on this machine (external): add {found.remedy}.",
         )
 
 

@@ -8,13 +8,13 @@ from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
-from steerd.config.parsers import is_every, keys_of
+from steerd.config.parsers import PORT_EXTENSION, is_every, keys_of
 from steerd.core.marks import MarkLayout
 from steerd.core.pools import Pool
 from steerd.core.sessions import Sessions
 from steerd.core.wake import Limits as WakeLimits
 from steerd.core.wake import Wake
-from steerd.model import TCP, Choice, Endpoint, IPAddress, IPNetwork, Outcome, Route, Target
+from steerd.model import TCP, UDP, Choice, Endpoint, IPAddress, IPNetwork, Outcome, Route, Target
 from steerd.wire import quic_lb
 from steerd.wire.portext import Numbers
 
@@ -201,6 +201,12 @@ class Service(Struct, frozen=True):
     def is_late(self) -> bool:
         """Whether TCP connections without an extension are decided by their first payload."""
         return self.unextended is Unextended.INSPECT and TCP in self.protocols
+
+    @property
+    def is_early(self) -> bool:
+        """Whether anything is steered by a packet that goes on to the target itself: a SYN, a datagram."""
+        by_syn = self.unextended is not Unextended.INSPECT or PORT_EXTENSION in self.inspect
+        return UDP in self.protocols or by_syn
 
     @property
     def protocols(self) -> set[int]:

@@ -106,6 +106,8 @@ class Rule(NamedTuple):
     """nft's JSON (libnftables-json(5))."""
     options: list[str] | None
     """The words of iptables-nft-save, where nft has none of its own; else None."""
+    in_nft: str
+    """As nft writes it, on one line: what iptables-nft made of a rule, translated."""
 
 
 class Chain(NamedTuple):
@@ -115,6 +117,8 @@ class Chain(NamedTuple):
     hook: str | None
     priority: int | None
     rules: list[Rule]
+    policy: str | None = None
+    """`accept` or `drop`, of a base chain."""
 
 
 class Table(NamedTuple):
@@ -181,7 +185,7 @@ def _table(family: str, name: str) -> Table:
                 rule._replace(text=line, options=shlex.split(line)) if _is_opaque(raw) else rule
                 for rule, raw, line in zip(rules, raws[chain["name"]], lines, strict=True)
             ]
-        chains[chain["name"]] = Chain(chain["name"], chain.get("hook"), chain.get("prio"), rules)
+        chains[chain["name"]] = Chain(chain["name"], chain.get("hook"), chain.get("prio"), rules, chain.get("policy"))
     return Table(family, name, chains)
 
 
@@ -190,7 +194,8 @@ def _is_opaque(raw: dict[str, Any]) -> bool:
 
 
 def _rule(raw: dict[str, Any], texts: dict[int, str]) -> Rule:
-    return Rule(raw["handle"], texts.get(raw["handle"], json.dumps(raw["expr"])), raw["expr"], None)
+    text = texts.get(raw["handle"], json.dumps(raw["expr"]))
+    return Rule(raw["handle"], text, raw["expr"], None, text)
 
 
 def rule_texts(listing: str) -> dict[int, str]:

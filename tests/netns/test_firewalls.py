@@ -10,11 +10,14 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from steerd.kernel import firewalls
+from steerd.kernel import host as kernel
 from steerd.model import Extension
 from tests.netns.gateway import ENDPOINT4, ENDPOINT6, ROOT, SLOWER, Gateway, gateway
 from tests.netns.lab import Host
@@ -38,6 +41,7 @@ endpoints = ["203.0.113.10:500/udp", "[2001:db8::10]:500/udp"]
 inspect = ["prefix"]
 routes = [{ when = { prefix = "a" }, target = ["10.64.0.1:5000", "[fd00:64::1]:5000"] }]
 """
+DROPPED = "drops what is steered at the SYN or as a datagram (late steering is not affected)"
 # What a careful person writes by hand; and what the same looks like by iptables.
 NFT = """
 table inet mine {
@@ -116,6 +120,14 @@ def install(lab: Gateway, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def check_live(lab: Gateway) -> tuple[int, str]:
+    command = [sys.executable, "-m", "steerd.cli.main", "check", "--live", str(lab.config)]
+    done = subprocess.run(
+        lab.host.command(*command), cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
 class Ufw:
     """Debian's ufw, with files of its own."""
 
@@ -175,11 +187,34 @@ def test_a_firewall_that_drops_steered_connections_is_found_and_gets_its_rule(la
             early(lab, version, 1.0)
     status, said = install(lab, "--status")
     assert status == 1
-    assert "drops steered connections" in said
+    assert DROPPED in said
+    for version, alias in ALIAS.items():
+        assert late(lab, version) == alias
+    status, told = check_live(lab)
+    assert status == 2
+    assert all(DROPPED in line and "services.early: " in line for line in told.splitlines()), told
     add(said)
     everything_works(lab)
     status, said = install(lab, "--status")
-    assert (status, "drops steered connections" in said) == (0, False), said
+    assert (status, DROPPED in said) == (0, False), said
+    assert check_live(lab) == (0, "ok\n")
+
+
+def test_a_firewall_that_drops_what_comes_from_lo_ends_late_steering_too(lab: Gateway) -> None:
+    serve(lab)
+    everything_works(lab)
+    rules = NFT.replace('iifname "lo" accept', "")
+    lab.host.sh(f"nft -f - <<'END'\n{rules}\nEND")
+    for version in (4, 6):
+        with pytest.raises(OSError):
+            late(lab, version)
+    rule = "nft insert rule inet mine incoming ct status dnat accept"
+    for status, said in (install(lab, "--status"), check_live(lab)):
+        assert status != 0
+        assert "drops all that is steered, which it sees as new connections to an alias" in said
+        assert rule in said
+    lab.host.sh(rule)
+    everything_works(lab)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +234,12 @@ def test_a_firewall_that_drops_steered_connections_is_found_and_gets_its_rule(la
         ("policy accept; ct status dnat accept; goto other", False),
         ("policy accept; iifname eth0 jump other", True),
         ("policy accept; ip saddr 192.0.2.1 jump other", False),
+        ('policy accept; iifname != "lo" drop', True),
+        ('policy drop; iifname "lo" tcp dport 22 drop; iif lo accept', True),
         ("policy drop; jump local", False),
     ],
 )
-def test_what_status_says_of_a_chain(new_host: Callable[[str], Host], rules: str, drops: bool) -> None:
+def test_what_status_and_check_live_say_of_a_chain(new_host: Callable[[str], Host], rules: str, drops: bool) -> None:
     host = new_host("gateway")
     host.sh(
         'nft \'table inet mine { chain other { meta l4proto icmp accept; log prefix "no: " drop; };'
@@ -212,6 +249,10 @@ def test_what_status_says_of_a_chain(new_host: Callable[[str], Host], rules: str
     command = host.command(str(ROOT / "nft" / "install.sh"), "--status", "--no-sysctl")
     said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240).stdout
     assert ("    nft insert rule inet mine incoming ct status dnat accept\n" in said) == drops, said
+    with host.entered():
+        found = firewalls.drops(kernel.firewall(), "input")
+    assert [each.remedy for each in found] == ["`nft insert rule inet mine incoming ct status dnat accept`"] * drops
+    assert [each.late for each in found] == ["drops all that is steered" in said] * drops
 
 
 # ---- tables of others that redirect and mark ----
@@ -310,7 +351,7 @@ def test_beside_docker_kube_proxy_fail2ban_and_whoever_marks_and_redirects_by_ip
     load()
     all_work()
     status, said = install(lab, "--status")
-    assert (status, "drops steered connections" in said) == (0, False), said
+    assert (status, "firewall: " in said) == (0, False), said
     assert "chain FORWARD of table ip filter drops what is forwarded" in said
     lab.stop()
     assert install(lab, "--uninstall")[0] == 0

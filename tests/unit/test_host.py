@@ -27,11 +27,11 @@ DROP: dict[str, Any] = {"drop": None}
 
 
 def nft(*statements: object, handle: int = 1) -> Rule:
-    return Rule(handle, "text", list(statements), None)
+    return Rule(handle, "text", list(statements), None, "text")
 
 
 def iptables(line: str, handle: int = 1) -> Rule:
-    return Rule(handle, line, [{"xt": None}], shlex.split(line))
+    return Rule(handle, line, [{"xt": None}], shlex.split(line), "")
 
 
 def match(left: object, right: object, op: str = "==") -> dict[str, Any]:
