@@ -5,8 +5,8 @@ decision's mark: the kernel checks the cookie, throws the payload away and opens
 inside the verdict's system call; a copy of the payload then follows through a raw socket. `core.pending` says what to
 do with each segment, the engine decides, and here it is carried out.
 
-What goes on is the first packet itself, or an ACK made from its header: if the payload came in several segments, if
-only time decided, and over IPv6 always (wire.segment.bare_ack says why).
+What goes on is the first packet itself, or an ACK made from its header: in the place of the last packet if the payload
+came in several segments, by itself if only time decided, and over IPv6 always (wire.segment.bare_ack says why).
 
 **An old connection in the way.** A client that vanished and comes back from the same port meets a conntrack entry that
 is still there. The kernel's SYN to the daemon, which proves that the client is genuine, is dropped then, and the table
@@ -316,10 +316,8 @@ class Late:
         verdict = DROP
         if decision.outcome is Outcome.WAIT:
             self._hold(_Asleep(first, decide.data, decide.fin, False), decision, None)
-        elif decide.alone:
-            verdict = self._verdict(first, decision, decide.data)
         else:
-            self._open(first, decision, decide.data)
+            verdict = self._verdict(decide, decision)
         if decision.outcome is Outcome.STEER:
             whole = decide.alone and not cut and len(decide.data) == len(first.payload) and not first.flags & URG
             self._deliver_later(first, [raw] if whole else self._segments(first, decide.data, decide.fin))
@@ -405,14 +403,15 @@ class Late:
 
     # ---- carrying a decision out ----
 
-    def _verdict(self, first: Packet, decision: Decision, data: bytes) -> Verdict:
-        """The queued packet itself stands for the client's ACK."""
+    def _verdict(self, decide: Decide[Decision], decision: Decision) -> Verdict:
+        """The queued packet itself stands for the client's ACK, or gives its place to one."""
+        first = decide.first
         id_ = self._id(decision)
         if id_ is None:
             return DROP
         if id_ == ASK_ID:
-            self.after.append(partial(self._refuse, first, decision, data))
-        return Verdict(id_, segment.bare_ack(first) if first.version == 6 else None)
+            self.after.append(partial(self._refuse, first, decision, decide.data))
+        return Verdict(id_, None if decide.alone and first.version == 4 else segment.bare_ack(first))
 
     def _open(self, first: Packet, decision: Decision, data: bytes) -> None:
         """An ACK of our own stands for the client's."""

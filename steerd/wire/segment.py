@@ -141,6 +141,8 @@ def _segment(
     checksum = 0xFFFF - total % 0xFFFF
     body = b"%b%b%b" % (body[:16], checksum.to_bytes(2, "big"), body[18:])
     if len(src) == 4:
-        # The kernel fills in the header's checksum, and the identification if it is 0.
-        return _IPV4(0x45, 0, 20 + length, 0, _DO_NOT_FRAGMENT, _TTL, _TCP_PROTOCOL, 0, src, dst) + body
+        # The kernel fills it in where it sends, but not where a verdict puts one packet in the place of another.
+        header = _IPV4(0x45, 0, 20 + length, 0, _DO_NOT_FRAGMENT, _TTL, _TCP_PROTOCOL, 0, src, dst)
+        total = 0xFFFF - int.from_bytes(header, "big") % 0xFFFF
+        return b"%b%b%b%b" % (header[:10], total.to_bytes(2, "big"), header[12:], body)
     return _IPV6(6 << 28 | label, length, _TCP_PROTOCOL, _TTL, src, dst) + body

@@ -2,8 +2,9 @@
 
 Gateways and kinds: tests/bench/byname.py. A connection is connect, send a ClientHello, read the daemon's name (which is
 checked), close. The hellos are those of real programs (tests/vectors) with the daemon's name written into them: curl's,
-one segment, and for the kinds `..._browser` Chromium's, two segments. The daemon answers after as many bytes; nobody
-does any cryptography, so that what is left is what the gateway costs.
+one segment, and for the kinds `..._browser` Chromium's, two segments, with the name in the first, and for
+`..._shuffled` another one of Chromium's, which puts its extensions into any order, with the name in the second. The
+daemon answers after as many bytes; nobody does any cryptography, so that what is left is what the gateway costs.
 
 48 at a time for the rate, 1 and 32 at a time for latency (connect to first byte of the answer). `..._per_cpu_second`
 compares connections for each second of CPU time, everybody included; `..._at_best` is the same as if the workers' own
@@ -45,31 +46,39 @@ from tests.bench.scenario import Goal, Result, rounds_of
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 HELLO = (VECTORS / "tls-curl-7.88.1-get.bin").read_bytes().replace(CAPTURED_NAME, NAME_TEMPLATE)
 BROWSER_HELLO = (VECTORS / "tls-chromium-156.0.8078.79-first.bin").read_bytes().replace(CAPTURED_NAME, NAME_TEMPLATE)
+SHUFFLED_HELLO = (
+    (VECTORS / "tls-chromium-156.0.8078.79-late-sni.bin").read_bytes().replace(CAPTURED_NAME, NAME_TEMPLATE)
+)
 DAEMONS = Run("answer", len(HELLO), first=0, size=1024)
 BROWSER_DAEMONS = Run("answer", len(BROWSER_HELLO), first=1024, size=256)
+SHUFFLED_DAEMONS = Run("answer", len(SHUFFLED_HELLO), first=1280, size=256)
 ROUNDS = rounds_of(9)
 BROWSER_ROUNDS = rounds_of(5)
 SYSTEMS = ("late", "dnat", "haproxy", "nginx", "sslh")
 SYSTEMS6 = SYSTEMS[:4]
 KINDS = (*kinds(SYSTEMS, HELLO), *kinds(SYSTEMS6, HELLO, "6", 6))
 BROWSER = kinds(SYSTEMS6, BROWSER_HELLO, "_browser")
+SHUFFLED = kinds(SYSTEMS6, SHUFFLED_HELLO, "_shuffled")
 
 
 def run(console: Console) -> Result:
-    """All kinds in turn; about three minutes."""
+    """All kinds in turn; about four minutes."""
     with ExitStack() as stack:
-        bench = byname.Bench(stack, console, Choice.TLS, [DAEMONS, BROWSER_DAEMONS], SYSTEMS)
+        bench = byname.Bench(stack, console, Choice.TLS, [DAEMONS, BROWSER_DAEMONS, SHUFFLED_DAEMONS], SYSTEMS)
         throughput, latency = bench.opened(KINDS, DAEMONS, ROUNDS)
-        two_segments = bench.opened(BROWSER, BROWSER_DAEMONS, BROWSER_ROUNDS)
-    figures = byname.figures(throughput, latency) | byname.figures(*two_segments)
+        browser = bench.opened(BROWSER, BROWSER_DAEMONS, BROWSER_ROUNDS)
+        shuffled = bench.opened(SHUFFLED, SHUFFLED_DAEMONS, BROWSER_ROUNDS)
+    figures = byname.figures(throughput, latency) | byname.figures(*browser) | byname.figures(*shuffled)
     figures["conditions"] = {
         "rounds": ROUNDS, "connections_a_round": byname.COUNT, "at_a_time": byname.PARALLEL, "daemons": DAEMONS.size,
         "names": bench.lab.size, "parts": PARTS, "hello_bytes": len(HELLO), "browser_hello_bytes": len(BROWSER_HELLO),
+        "shuffled_hello_bytes": len(SHUFFLED_HELLO),
         "all_on_one_machine": True, "void_rounds": bench.lab.void,
     }  # fmt: skip
     ratios = byname.ratios(throughput, SYSTEMS) | byname.ratios(throughput, SYSTEMS6, "6")
-    ratios |= byname.ratios(two_segments[0], SYSTEMS6, "_browser")
+    ratios |= byname.ratios(browser[0], SYSTEMS6, "_browser")
+    ratios |= byname.ratios(shuffled[0], SYSTEMS6, "_shuffled")
     report.show_ratios(console, ratios)
-    report.show(console, {**throughput, **two_segments[0]}, figures)
+    report.show(console, {**throughput, **browser[0], **shuffled[0]}, figures)
     goals = [Goal("late/dnat", 0.8), Goal("late/haproxy", 1.5), Goal("late6/dnat6", 0.8), Goal("late6/haproxy6", 1.5)]
     return Result("late", ratios, figures, goals, byname.charts(throughput, latency, figures, SYSTEMS))
