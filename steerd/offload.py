@@ -6,7 +6,6 @@ Nothing is lost if the kernel cannot be told: the next SYN comes to a worker aga
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 from steerd.core.engine import NO_TARGET, Engine
@@ -32,6 +31,7 @@ class Offload:
         self._nftables = nftables
         self._epoch = -1
         self._tried: set[bytes] = set()
+        self._full: set[int] = set()
 
     def refresh(self, engine: Engine, mark: MarkLayout, numbers: Numbers) -> None:
         """A new plan is in force."""
@@ -41,14 +41,17 @@ class Offload:
 
     def wants(self, packet: Packet) -> bool:
         """Whether a SYN that was steered a moment ago, to a target that is awake and in the kernel's maps, is one that
-        the kernel could have steered, and was not told how since the epoch began."""
+        the kernel could have steered, and was not told how since the epoch began. Not until the next one, once it has
+        refused something: a full map refuses all, and to take a transaction back the kernel waits some 8 ms (RCU)."""
         epoch = self._shared[EPOCH_WORD]
         if epoch != self._epoch or len(self._tried) > _MAX_REMEMBERED:
             self._tried.clear()
+            self._full.clear()
             self._epoch = epoch
         found = key(packet, self._numbers)
         return (
-            found is not None
+            packet.version not in self._full
+            and found is not None
             and found not in self._tried
             and not log_switch(self._shared[LOG_WORD]).access
             and self._engine.lasting_target(packet) != NO_TARGET
@@ -63,14 +66,18 @@ class Offload:
         found = key(packet, self._numbers)
         target_id = self._engine.lasting_target(packet)
         if (
-            found is None
+            packet.version in self._full
+            or found is None
             or target_id == NO_TARGET
             or not may_steer(target_id)
             or log_switch(self._shared[LOG_WORD]).access
         ):
             return
         self._tried.add(found)
-        with contextlib.suppress(KernelError):  # another epoch has begun, or the map is full
-            mark = self._mark.field(target_id)
+        mark = self._mark.field(target_id)
+        try:
             self._nftables.insert(ruleset.offload_elements(packet.version, found, mark, epoch))
-            self._slot[Extra.OFFLOADED] += 1
+        except (KernelError, OSError):  # another epoch has begun, the map is full, or there is no memory
+            self._full.add(packet.version)
+            return
+        self._slot[Extra.OFFLOADED] += 1

@@ -5,14 +5,12 @@ that move: test_quic_migration.py.
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import pytest
 
-from tests.netns.gateway import ROOT, Gateway, gateway
+from tests.netns.gateway import Gateway, gateway
 from tests.netns.lab import Host
 from tests.netns.programs import certificate
 from tests.netns.quic_client import connect
@@ -22,16 +20,11 @@ from tests.netns.test_quic_migration import CONFIG, LEARNT, NAMES, SERVER_PORT, 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_when_no_more_can_be_learnt_connections_work_and_do_not_move(
-    new_host: Callable[[str], Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+    new_host: Callable[[str], Host], change_rules: Callable[[str, str], None], version: int
 ) -> None:
     """The kernel's `update` fails, which ends its rule and nothing else. What is in the map stays until its hour is
     over, and no id is pushed out by another. Here the map has four places."""
-    for part in ("steerd", "nft", "tests"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "vectors"))
-    rules = tmp_path / "nft" / "steerd.nft"
-    small = rules.read_text().replace("meta mark\n\t\tsize 262144", "meta mark\n\t\tsize 4")
-    rules.write_text(small)
-    monkeypatch.setattr("tests.netns.gateway.ROOT", tmp_path)
+    change_rules("meta mark\n\t\tsize 262144", "meta mark\n\t\tsize 4")
 
     async def five(lab: Gateway) -> None:
         async with AsyncExitStack() as stack:
