@@ -492,6 +492,14 @@ def remove() -> None:
     _nft(_without_table(TABLE) + _without_table(HOLD_TABLE))
 
 
+def let_go(nftables: Nftables) -> bool:
+    """Take away what holds connections back (`hold`); returns whether there was such a thing. Raises KernelError."""
+    if not nftables.rules(1, HOLD_TABLE):
+        return False
+    _nft(_without_table(HOLD_TABLE))
+    return True
+
+
 def _without_table(name: str) -> str:
     # `destroy` would say it in one word, but needs nft 1.0.7.
     return f"add table inet {name}\ndelete table inet {name}\n"

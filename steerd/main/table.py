@@ -1,7 +1,8 @@
 """Keeps the nft table as the configuration in force wants it, and with it the sysctls that late steering needs.
 
-What somebody takes out of the table (rules, elements) or changes in the sysctls is put back, and the set of ports with
-wildcard listeners follows the sockets of this host. What the table says is kernel.ruleset's and nft/steerd.nft's.
+What somebody takes out of the table (rules, elements) or changes in the sysctls is put back, the table of a boot is not
+left beside it, and the set of ports with wildcard listeners follows the sockets of this host. What the table says is
+kernel.ruleset's and nft/steerd.nft's.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ class Table:
         """What another configuration changes in the table, in one transaction. Raises SteerdError or OSError."""
         before = self._loaded
         assert before is not None  # the table is loaded before anything else may happen
+        self._let_go()
         is_as_noted = (
             self._rules <= ruleset.our_rules(self._nftables) and ruleset.our_elements(self._nftables) == self._elements
         )
@@ -195,6 +197,7 @@ class Table:
         Not in a thread: while our rules are gone, every millisecond may let a packet through.
         """
         try:
+            self._let_go()
             if not self._rules <= ruleset.our_rules(self._nftables):
                 self._load(self._config())
                 self._counters.next_generation()
@@ -214,6 +217,15 @@ class Table:
             self._log.error("the table cannot be looked after", why=str(error))
             return untranslated
         return counted
+
+    def _let_go(self) -> None:
+        """What holds clients back while the machine boots would cut them all off now."""
+        if ruleset.let_go(self._nftables):
+            self._log.warning(
+                "the table that holds clients back during a boot was loaded by somebody; it is removed",
+                table=f"inet {ruleset.HOLD_TABLE}",
+                file=str(hold_file(self._config())),
+            )
 
     def _load(self, config: Config, *, empty_targets: bool = False) -> None:
         """All of it anew."""

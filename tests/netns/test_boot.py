@@ -125,3 +125,26 @@ def test_it_is_about_the_endpoints_in_force_and_goes_with_the_table(booted: Gate
     booted.host.sh(f"cd {ROOT}; {sys.executable} -m steerd down {booted.config}")
     assert "steerd" not in booted.host.sh("nft list tables")
     assert not hold.exists()
+
+
+def test_loaded_while_it_runs_it_goes_at_once_and_that_is_said(booted: Gateway) -> None:
+    booted.start()
+    booted.respond(("10.64.0.1", 1, 8080), ("fd00:64::1", 1, 8080))
+    hold = f"nft -f {booted.directory}/state/hold.nft"
+    warning = "the table that holds clients back during a boot was loaded by somebody; it is removed"
+    booted.expected_warnings = [warning]
+    with contextlib.ExitStack() as opened:
+        made = [opened.enter_context(booted.socket(None, version=version)) for version in (4, 6)]
+        for client, address in zip(made, (ENDPOINT4, ENDPOINT6), strict=True):
+            client.connect((address, 80))
+            client.send(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
+            assert b" 8080 " in client.recv(100)
+        booted.host.sh(hold)
+        booted.wait(lambda: "hold" not in booted.host.sh("nft list tables"), "it is gone")
+        booted.wait(lambda: booted.count_events(warning) == 1, "that is said")
+        for client in made:
+            client.send(b"still there")
+            data = b""
+            while not data.endswith(b"still there"):
+                data = client.recv(4096)
+                assert data

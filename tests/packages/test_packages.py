@@ -299,6 +299,18 @@ def test_a_stop_keeps_what_is_steered(running: Machine) -> None:
     steers(machine)
 
 
+def test_what_holds_clients_back_during_a_boot_is_not_loaded_after_it(running: Machine) -> None:
+    machine = running
+    assert (machine.host.root / "var/lib/steerd/hold.nft").exists()
+    with connection(machine):
+        machine.host.run("systemctl", "start", "multi-user.target", "steerd-hold")
+        machine.host.run("systemctl", "stop", "steerd")
+        machine.host.run("systemctl", "start", "steerd-hold")
+        assert "hold" not in machine.host.run("nft", "list", "tables")
+    machine.host.run("systemctl", "start", "steerd")
+    assert "the table that holds clients back during a boot" not in machine.journal()
+
+
 def test_removed_it_leaves_the_configuration_and_nothing_else(running: Machine) -> None:
     machine = running
     machine.host.run("dpkg", "-r", "steerd")

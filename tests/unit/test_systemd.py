@@ -10,10 +10,11 @@ import steerd
 from steerd import config, privileges
 
 UNIT = Path(steerd.__file__).parent / "systemd" / "steerd.service"
+HOLD = UNIT.with_name("steerd-hold.service")
 
 
-def setting(name: str) -> list[str]:
-    return re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
+def setting(name: str, unit: Path = UNIT) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", unit.read_text(), re.MULTILINE)
 
 
 def test_its_exposure_is_below_2() -> None:
@@ -35,6 +36,15 @@ def test_it_runs_as_the_default_user_in_the_default_directories() -> None:
     assert setting("User") == [gateway.user]
     assert [f"/run/{name}" for name in setting("RuntimeDirectory")] == [gateway.run_dir]
     assert [f"/var/lib/{name}" for name in setting("StateDirectory")] == [gateway.state_dir]
+
+
+def test_what_holds_clients_back_is_loaded_once_and_only_before_it() -> None:
+    gateway = config.parse("", "").gateway
+    assert setting("ConditionPathExists", HOLD) == [f"{gateway.state_dir}/hold.nft", f"!{gateway.run_dir}/lock"]
+    assert setting("RuntimeDirectoryPreserve") == ["yes"], "or the lock is gone with the first stop"
+    assert setting("RemainAfterExit", HOLD) == ["yes"]
+    (after,) = setting("After")
+    assert HOLD.name in after.split()
 
 
 def test_the_drop_in_grants_what_commands_that_are_woken_need() -> None:
