@@ -35,7 +35,7 @@ from steerd.main.aliases import Aliases
 from steerd.main.announcer import Announcer
 from steerd.main.epochs import Epochs
 from steerd.main.liveness import Liveness
-from steerd.main.lock import take_lock
+from steerd.main.lock import RunsAlreadyError, take_lock
 from steerd.main.machine import Machine
 from steerd.main.nursery import Nursery
 from steerd.main.relay import Keeper
@@ -67,7 +67,10 @@ def run(config: Config, standing: Standing, progress: Callable[[int, int], None]
 def down(config: Config) -> aliases.Changes:
     """Remove the table and all aliases, and set sysctls back; raises SteerdError while a daemon runs, which would put
     them back."""
-    lock = take_lock(config.gateway.run_dir)
+    try:
+        lock = take_lock(config.gateway.run_dir)
+    except RunsAlreadyError as error:
+        raise SteerdError(f"steerd runs (process {error.process}); stop it first") from error
     try:
         ruleset.remove()
         hold_file(config).unlink(missing_ok=True)
@@ -183,7 +186,7 @@ class Daemon:
         self._epochs.begin()
         for task in done - {stop}:
             task.result()
-        self._log.info("stopped", left="table and aliases (remove them with: steerd down)")
+        self._log.info("stopped", left=f"table and aliases (remove them with: steerd down {self._config.file})")
 
     def _listen_to_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -175,8 +175,8 @@ class Reason(enum.IntEnum):
     FAULT = 11
     """An exception while deciding: dropped, counted, logged once."""
     LATE = 12
-    """A SYN that looked as if it carried an extension, or Fast Open data that do not suffice: its first payload will
-    decide."""
+    """The SYN does not say enough: the first payload will decide. Counted are SYNs that a worker has seen, for their
+    options or Fast Open data."""
     SILENCE = 13
     """The client said nothing for `first_payload_timeout`, and the service has a target for that."""
     TOO_LONG = 14

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import select
 import shutil
 import signal
@@ -45,9 +46,12 @@ _HEADER = {_NULL: 4, _LOOP: 4, _LINUX_SLL: 16, _LINUX_SLL2: 20}
 _IP = (b"\x08\x00", b"\x86\xdd")
 _VLAN = (b"\x81\x00", b"\x88\xa8")
 _ETH_P_ALL = 3
+_SAY_MORE = "  more        Say what the first payload would hold: --sni, --host, --path, --key or --hex."
 _LONGEST = 1 << 18
 _RECEIVE_BUFFER = 8 << 20
 _LAST_SECONDS = 1.0
+_ANY_CLIENT = ("0.0.0.0:0", "[::]:0")
+_ADDRESS = re.compile(r"[0-9a-fA-F.:\[\]]+:\d+(/\w+)?")
 _OPTIONS = {"client": "--from"}
 """Fields of a question whose options have other names."""
 
@@ -81,6 +85,8 @@ def asked(
         raise typer.BadParameter(
             f"Exactly one of PCAP, --hex, --live and --to says what to explain, not {' and '.join(sources) or 'none'}."
         )
+    if capture is not None and not capture.exists() and _ADDRESS.fullmatch(str(capture)):
+        raise typer.BadParameter(f"{capture} is no capture; did you mean --to {capture}?")
     keys = []
     for text in [*([f"http.host={host}"] if host else []), *([f"http.path={path}"] if path else []), *(key or [])]:
         name, equals, value = text.partition("=")
@@ -114,15 +120,15 @@ def explain(config: Config, question: FromCommandLine, *, from_registry: bool, a
     cannot be understood."""
     with _bad_parameters():
         note, told = _told(config, question, from_registry=from_registry)
-    return _say(note, told, as_json)
+    return _say(note, told, question.asked, as_json)
 
 
 def explain_by_daemon(run_dir: str, asked: Asked, *, as_json: bool) -> int:
     """As `explain`, where there is no configuration to look at but only the daemon; raises what its API does."""
-    return _say(*_by_daemon(run_dir, asked), as_json)
+    return _say(*_by_daemon(run_dir, asked), asked, as_json)
 
 
-def _say(note: str, told: list[ExplanationView], as_json: bool) -> int:
+def _say(note: str, told: list[ExplanationView], asked: Asked, as_json: bool) -> int:
     if not told:
         raise SteerdError("Nothing here decides anything: there is no SYN, first payload or datagram to an endpoint.")
     if as_json:
@@ -133,6 +139,8 @@ def _say(note: str, told: list[ExplanationView], as_json: bool) -> int:
         typer.echo("\n".join(_wrapped(note, width)))
         for each in told:
             typer.echo("\n" + as_text(each, width))
+        if asked.to is not None and not asked.bytes and any(each.outcome == Outcome.LATE.value for each in told):
+            typer.echo("\n".join(_wrapped(_SAY_MORE, width, indent=14)))
     return EXIT_STEERED if all(each.outcome == Outcome.STEER.value for each in told) else EXIT_NOT_STEERED
 
 
@@ -181,7 +189,7 @@ def _by_daemon(run_dir: str, asked: Asked) -> tuple[str, list[ExplanationView]]:
     """What the API says. Raises SteerdError."""
     body = msgspec.to_builtins(control.question_of(asked))
     answer = client.request(run_dir, "POST", "explain", body=body)
-    return "By the daemon, which was asked.", msgspec.convert(answer["explanations"], list[ExplanationView])
+    return "According to the running daemon:", msgspec.convert(answer["explanations"], list[ExplanationView])
 
 
 def _arrived(question: FromCommandLine) -> list[Packet]:
@@ -309,7 +317,7 @@ def _wrapped(line: str, width: int | None, indent: int = 0) -> list[str]:
 
 
 def _title(told: ExplanationView) -> str:
-    way = f"{told.client} -> {told.endpoint}"
+    way = f"{'any client' if told.client in _ANY_CLIENT else told.client} -> {told.endpoint}"
     if told.service is None:
         return f"{way}: no endpoint"
     if told.outcome is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -120,8 +121,11 @@ def down(file: ConfigFile = DEFAULT_CONFIG) -> None:
     """Remove the nft table and all aliases. The daemon must be stopped; connections that are steered now will break."""
     from steerd import config as configuration
     from steerd import daemon, privileges
+    from steerd.errors import SteerdError
 
     config = configuration.load(file)
+    if os.geteuid() != 0 and privileges.lacking(config):
+        raise SteerdError("steerd down must run as root: it removes the nft table and the aliases.")
     # What is in run_dir is that user's doing: root would follow its links.
     privileges.settle(config)
     changes = daemon.down(config)

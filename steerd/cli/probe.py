@@ -2,7 +2,7 @@
 
 SYNs with a hop limit of 1, 2, 3 ... are sent from fresh ports, one at a time; the router at which one expires says so
 and quotes what it got, so that an option that was lost on the way shows. If the end is silent, the same SYN without the
-option tells whether it is the option that is dropped.
+option tells whether the option makes the difference.
 
 Nothing stays open: a SYN-ACK belongs to no socket here, and the kernel answers it with a reset by itself.
 
@@ -84,7 +84,8 @@ def probe(
         if without.kind in ("open", "closed"):
             out(
                 f"Without the {carrier} the same SYN is answered ({_in_words(without, prober, None, timeout)})."
-                f" The {carrier} is what is dropped, behind {last_heard}."
+                f" Either the path drops the option, behind {last_heard}, or the gateway's firewall drops what it leads"
+                " to (on the gateway: nft/install.sh --status)."
             )
         else:
             out(

@@ -78,6 +78,8 @@ class Reader:
             for name in table:
                 if name not in names:
                     self.problem(join(path, name), f"Is not a known key; {instead(name, names)}")
+                    # What follows from the right one's absence is no other mistake.
+                    self._bad.update(join(path, meant) for meant in close_to(name, names) if meant not in table)
         for field in fields:
             if found.get(field.name, msgspec.UNSET) is msgspec.UNSET:
                 found.pop(field.name, None)
@@ -184,10 +186,15 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def close_to(word: str, known: Iterable[str]) -> list[str]:
+    """Which of the words that are known is meant, if it is one of them."""
+    return difflib.get_close_matches(word, list(known), n=1)
+
+
 def instead(word: str, known: Iterable[str]) -> str:
     """The second half of a sentence about a word that is not known."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
+    close = close_to(word, known)
     if close:
         return f'did you mean "{close[0]}"?'
     return f"known here: {', '.join(known)}." if known else "there is none yet."

@@ -17,6 +17,9 @@ from steerd.core.pools import Pool, PoolMap
 from steerd.core.wake import Wake
 from steerd.model import Choice, Endpoint, IPAddress, Policy, Target
 
+_SHOWN = 4
+"""Pools, and prefixes of each, that a sentence names."""
+
 Place = Callable[[str, Pool], tuple[IPAddress, ...] | None]
 """The aliases of a pool for a daemon's name (core.relays.Seats.place)."""
 
@@ -189,9 +192,16 @@ def _read_target(key: str, item: object, scene: Scene) -> tuple[Target, ...]:
             if scene.in_file
             else 'say that it is external (steerctl: --external; in JSON: "external": true).'
         )
-        reader.problem(where, f"{target.address} is in no pool; use an alias, or {external}")
+        reader.problem(where, f"{target.address} is in no pool{_listed(scene.pools)}; use an alias, or {external}")
     _read_target_wake(key, raw, target.address, scene)
     return (target,)
+
+
+def _listed(pools: dict[str, Pool]) -> str:
+    """What pools there are, in brackets."""
+    some = [f"{name}: {', '.join(map(str, pool.prefixes[:_SHOWN]))}" for name, pool in list(pools.items())[:_SHOWN]]
+    more = ", ..." if len(pools) > _SHOWN else ""
+    return f" ({'; '.join(some)}{more})" if some else ""
 
 
 def _read_unix_targets(key: str, where: str, raw: schema.Target, scene: Scene) -> tuple[Target, ...]:

@@ -116,8 +116,8 @@ class AliasView(msgspec.Struct, frozen=True):
     pool: str
     index: int
     addresses: list[str]
-    state: Literal["leased", "quarantined", "free"]
-    """Free ones that routes of their own, or the configuration by name, lead to are not leased either."""
+    state: Literal["leased", "quarantined", "named", "free"]
+    """Named: the configuration by name, or a route of its own, leads there, so it is not leased either."""
     lease: str | None
     """The name that has it; of one in quarantine, that had it last."""
 
@@ -387,12 +387,16 @@ class LeaseTable:
         names = (txn.get(address.packed, db=self._routes.leased) for address in addresses)
         name = next((str(name, "ascii") for name in names if name is not None), None)
         if name is not None:
-            state: Literal["leased", "quarantined", "free"] = "leased"
+            state: Literal["leased", "quarantined", "named", "free"] = "leased"
         elif seats.is_quarantined(index, now):
             state, name = "quarantined", seats.last_holder(index)
         else:
-            state = "free"
+            state = "named" if self._is_used(txn, force, addresses) else "free"
         return AliasView(pool.name, index, [str(address) for address in addresses], state, name)
+
+    def _is_used(self, txn: lmdb.Transaction[bytes], force: _Force, addresses: Iterable[IPAddress]) -> bool:
+        """Whether the configuration by name, or a route of its own, leads to one of them."""
+        return any(each.packed in force.named or self._routes.is_used(txn, each.packed) for each in addresses)
 
     def lines(self, txn: lmdb.Transaction[bytes]) -> Iterator[LeaseLine | ReleasedLine]:
         """All leases, by name, then those that have ended, by name and address."""
@@ -479,8 +483,7 @@ class LeaseTable:
         seats = force.seats[pool_name]
 
         def is_used(index: int) -> bool:
-            packed = [address.packed for address in force.addresses(pool, index)]
-            return any(each in force.named or self._routes.is_used(txn, each) for each in packed)
+            return self._is_used(txn, force, force.addresses(pool, index))
 
         index = seats.choose(name, now, is_used)
         if index is None:

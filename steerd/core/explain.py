@@ -279,7 +279,7 @@ class Explainer:
             return Explanation(packet, kind, "", decision, None, None, (), (), (), tuple(steps))
         if kind == "first" and plan.unextended is not Reason.LATE:
             return self._not_asked(packet)._replace(decision=decision)
-        steps.append(Step("when", sentences.when(plan, kind)))
+        steps.append(Step("when", sentences.when(plan, kind, has_data=bool(payloads))))
         extension = self._extension(plan, packet)
         if kind != "first":
             steps += self._extension_step(plan, packet)

@@ -101,10 +101,12 @@ def route_shown(route: Route) -> str:
     return f"{when}{source} ({route.name})"
 
 
-def when(plan: ServicePlan, kind: Kind) -> str:
-    """At which packet this kind is decided."""
+def when(plan: ServicePlan, kind: Kind, *, has_data: bool = False) -> str:
+    """At which packet this kind is decided; `has_data`: there is a payload."""
     match kind:
         case "syn":
+            if plan.unextended is Reason.LATE and not (plan.reads_extension or has_data):
+                return "Late: the first payload decides."
             if plan.unextended is Reason.LATE:
                 return "Early, at the SYN, if that says enough; else late, at the first payload."
             return "Early: the SYN decides."

@@ -11,6 +11,14 @@ from steerd.errors import KernelError, SteerdError
 from steerd.kernel import queue
 
 
+class RunsAlreadyError(SteerdError):
+    """Another steerd has the lock."""
+
+    def __init__(self, process: str, path: Path) -> None:
+        super().__init__(f"steerd runs already, as process {process} (it holds {path})")
+        self.process = process
+
+
 class Lock(NamedTuple):
     """What only one steerd can hold: the file in its run_dir, which names it, and a queue, of which each network
     namespace has one. Two daemons with different directories would take each other's aliases away."""
@@ -37,7 +45,7 @@ def take_lock(run_dir: str) -> Lock:
     except BlockingIOError:
         with handle:
             handle.seek(0)
-            raise SteerdError(f"steerd runs already, as process {handle.read().strip()} (it holds {path})") from None
+            raise RunsAlreadyError(handle.read().strip(), path) from None
     try:
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")

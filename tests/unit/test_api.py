@@ -243,7 +243,8 @@ CHECKED: list[tuple[str, str, object, int, str, str | None, str]] = [
         400,
         "invalid",
         "target",
-        "10.65.0.1 is in no pool; use an alias, or say that it is external (steerctl: --external; in JSON:"
+        "10.65.0.1 is in no pool (p: 10.64.0.0/24, fd00:64::/120); use an alias, or say that"
+        " it is external (steerctl: --external; in JSON:"
         ' "external": true).',
     ),
     (
@@ -452,7 +453,7 @@ def test_steerctl_adds_lists_and_removes(
     assert said("remove", "tv", "d/1") == (0, "d/1: removed\n")
     assert said("remove", "tv", "out", "--json") == (0, '{"service": "tv", "id": "out"}\n')
     assert said("remove", "tv", "out") == (1, "steerctl: The service tv has no session of this id.\n")
-    assert said("add", "tv", "x", "10.65.0.1:554")[1].startswith("steerctl: 10.65.0.1 is in no pool; use an alias")
+    assert said("add", "tv", "x", "10.65.0.1:554")[1].startswith("steerctl: 10.65.0.1 is in no pool (")
 
 
 def test_steerctl_lists_more_than_a_page(

@@ -137,7 +137,7 @@ def test_pools_and_aliases(api: Served) -> None:
     for limit in (1, 3, 1000):
         listed = everything(api, "/v1/aliases?pool=tenants&", "aliases", limit)
         assert [(alias["index"], alias["state"], alias["lease"]) for alias in listed] == [
-            (0, "quarantined", "a"), (1, "free", None), (2, "free", None), (3, "free", None), (4, "leased", "b"),
+            (0, "quarantined", "a"), (1, "named", None), (2, "named", None), (3, "named", None), (4, "leased", "b"),
             (5, "free", None), (6, "free", None), (7, "free", None),
         ]  # fmt: skip
     assert listed[0]["addresses"] == ["10.64.0.0", "fd00:64::"]

@@ -214,7 +214,7 @@ def test_explain_asks_the_daemon_where_its_registry_cannot_be_read(
     text = TEXT.format(directory=api.run_dir)
     file.write_text(text.replace(f'state_dir = "{api.run_dir}"', 'state_dir = "/nowhere"'))
     said = steerctl(api, capsys, *question)
-    assert said.startswith("By the daemon, which was asked.\n")
+    assert said.startswith("According to the running daemon:\n")
     assert "steered to 10.64.0.5:80" in said
     (told,) = json.loads(steerctl(api, capsys, *question, "--json"))["explanations"]
     assert (told["target"], told["matched"]) == ("10.64.0.5:80", ["http.host=a.example (dynamic)"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import socket
 import subprocess
@@ -78,7 +80,7 @@ def written(directory: Path, text: str) -> str:
 def mistakes(file: str) -> str:
     return (
         f'{file}: gateway.wrokers: Is not a known key; did you mean "workers"?\n'
-        f"{file}: services.s.default: 10.65.0.1 is in no pool; use an alias, or write"
+        f"{file}: services.s.default: 10.65.0.1 is in no pool (p: 10.64.0.0/30); use an alias, or write"
         ' { address = "10.65.0.1:80", external = true }.\n'
     )
 
@@ -144,6 +146,30 @@ def test_a_run_directory_that_cannot_be_made_is_a_sentence(run: Run, good: str, 
     run_dir = Path(good).parent / "run"
     run_dir.write_text("in the way")
     assert run(main.main, command, good) == (1, "", f"steerd: {run_dir}/lock cannot be opened: File exists\n")
+
+
+@pytest.mark.usefixtures("harmless")
+def test_down_beside_a_daemon_names_its_process(run: Run, good: str) -> None:
+    held = Path(good).parent / "run" / "lock"
+    held.parent.mkdir()
+    with held.open("w") as lock:
+        lock.write("4711\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(main.main, "down", good) == (1, "", "steerd: steerd runs (process 4711); stop it first\n")
+        said = run(main.main, "run", good)[2]
+    assert said == f"steerd: steerd runs already, as process 4711 (it holds {held})\n"
+
+
+@pytest.mark.usefixtures("harmless")
+def test_down_as_somebody_else_than_root(run: Run, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(privileges, "lacking", lambda _config: "much")
+    assert run(main.main, "down", good) == (
+        1,
+        "",
+        "steerd: steerd down must run as root: it removes the nft table and the aliases.\n",
+    )
 
 
 @pytest.mark.parametrize("arguments", [("frob",), ("check", "a", "b"), ("check", "--frob")])

@@ -925,7 +925,7 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         service("default = '10.65.0.1:80'"),
-        "services.web.default: 10.65.0.1 is in no pool; use an alias, or write { address = "
+        "services.web.default: 10.65.0.1 is in no pool (t: 10.64.0.0/16); use an alias, or write { address = "
         '"10.65.0.1:80", external = true }.',
     ),
     (
@@ -1305,6 +1305,24 @@ def test_conditions_are_spelled_as_the_parsers_spell_their_keys(
     text = route(f"when = {{ {written} }}\ntarget = '10.64.0.1:80'", f'"{parser}"')
     read = config.parse(text, "f.toml")
     assert read.services[0].routes[0].conditions == (condition,)
+
+
+def test_nothing_follows_from_a_key_that_is_spelt_wrong() -> None:
+    text = """
+[pool.t]
+prefixes = ["10.64.0.0/16"]
+[services.web]
+endpoints = ["203.0.113.10:443/tcp"]
+inspct = ["tls"]
+routes = [
+    { when = { tls.sni = "a.example" }, target = "10.64.0.1:443" },
+    { when = { tls.sni = "b.example" }, target = "10.64.0.2:443" },
+]
+"""
+    assert lines(text) == [
+        'f.toml: services.web.inspct: Is not a known key; did you mean "inspect"?',
+        'f.toml: pool: Is not a known key; did you mean "pools"?',
+    ]
 
 
 def test_all_mistakes_are_found_in_one_run() -> None:

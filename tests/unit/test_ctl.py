@@ -169,6 +169,8 @@ def test_what_is_wrong_with_a_value_is_said_of_its_field(api: Served) -> None:
         SteerdError, match=r'^when\.http\.hots: Is not a key of any parser; did you mean "http\.host"\?$'
     ):
         steerctl(api, "route", "add", "web", "10.64.0.5:80", "--key", "http.hots=b.example")
+    with pytest.raises(SteerdError, match=r"a condition is an option \(--key tls\.sni=a\.example\)"):
+        steerctl(api, "route", "add", "web", "10.64.0.5:80", "tls.sni=a.example")
     with pytest.raises(SteerdError, match=r"^There is no lease of the name carol\.$"):
         steerctl(api, "lease", "renew", "carol")
 
@@ -204,7 +206,7 @@ def test_explain_asks_the_daemon_where_the_default_configuration_is_not(
     )
     result = RUNNER.invoke(ctl.app, arguments)
     assert result.exit_code == 0, result.output
-    assert "By the daemon, which was asked." in result.stdout
+    assert "According to the running daemon:" in result.stdout
     assert "steered to 10.64.0.4:53" in result.stdout
 
 

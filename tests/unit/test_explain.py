@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from scapy.utils import PcapNgWriter
 
-from steerd import config
+from steerd import config, paths
 from steerd.cli import ctl, main
 from steerd.cli import explain as cli
 from steerd.control import explain as asking
@@ -633,3 +633,32 @@ def test_what_clients_say_is_fit_for_a_terminal(run: Run, file: Path) -> None:
     with explainer(TEXT.format(directory="/nowhere")) as (made, _, _):
         (service,) = (service for service in made.services if service.name == "web")
         assert route_shown(service.routes[5]) == "http.host=c.example from 192.0.2.0/24 (services.web.routes[5])"
+
+
+def test_a_late_service_asked_without_a_payload_says_what_is_lacking(run: Run, file: Path) -> None:
+    status, out, _ = run(main.main, "explain", str(file), "--to", "203.0.113.10:8080")
+    assert status == 1
+    assert "any client -> 203.0.113.10:8080/tcp: late" in out
+    assert "Late: the first payload decides." in out
+    assert "Say what the first payload would hold: --sni, --host, --path, --key or --hex." in out
+    assert "extension" not in out
+    assert "Say what" not in run(main.main, "explain", str(file), "--to", "203.0.113.10:443", "--sni", "a.example")[1]
+
+
+def test_an_endpoint_where_a_capture_is_expected(run: Run, file: Path) -> None:
+    for address in ("203.0.113.10:443", "[2001:db8::10]:443/tcp"):
+        status, _, err = run(main.main, "explain", str(file), address)
+        assert status == 2
+        assert f"{address} is no capture; did you mean --to {address}?" in err
+
+
+def test_steerctl_without_the_default_configuration_asks_for_the_daemons(
+    run: Run, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = file.parent / "none.toml"
+    monkeypatch.setattr(paths, "CONFIG", none)
+    assert run(ctl.main, "explain", "--config", str(none), "--hex", "45") == (
+        2,
+        "",
+        f"steerctl: There is no {none}: name the daemon's file with --config.\n",
+    )

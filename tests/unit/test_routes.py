@@ -324,7 +324,8 @@ def test_what_the_configuration_would_refuse_is_refused_with_the_same_sentences(
     assert refused(lab, HOST, "10.65.0.1:80") == (
         "invalid",
         "target",
-        "10.65.0.1 is in no pool; use an alias, or say that it is external (steerctl: --external; in JSON:"
+        "10.65.0.1 is in no pool (tenants: 10.64.0.0/24, fd00:64::/120); use an alias, or say that"
+        " it is external (steerctl: --external; in JSON:"
         ' "external": true).',
     )
     assert refused(lab, {"tls.sni": "a"}, "10.64.0.5:80") == (

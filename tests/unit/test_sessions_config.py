@@ -127,7 +127,7 @@ LENGTH = "Must be 1 to 256 printable ASCII characters, without a space at either
         (
             "10.64.0.1:554",
             "10.65.0.1:554",
-            f"{FIRST}.target: 10.65.0.1 is in no pool; use an alias, or write"
+            f"{FIRST}.target: 10.65.0.1 is in no pool (p: 10.64.0.0/24, fd00:64::/120); use an alias, or write"
             ' { address = "10.65.0.1:554", external = true }.',
         ),
         (

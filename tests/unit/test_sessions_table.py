@@ -200,7 +200,7 @@ URL = "Must not be . or .., which cannot stand in a URL."
             "10.65.0.1:554",
             None,
             "target",
-            "10.65.0.1 is in no pool; use an alias, or say that it"
+            "10.65.0.1 is in no pool (p: 10.64.0.0/24, fd00:64::/120); use an alias, or say that it"
             ' is external (steerctl: --external; in JSON: "external": true).',
         ),
         (

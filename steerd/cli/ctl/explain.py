@@ -7,6 +7,7 @@ import os
 import typer
 
 from steerd.cli import options
+from steerd.cli.common import UsageError
 from steerd.cli.ctl import ask
 from steerd.cli.options import DEFAULT_CONFIG, Config, Json
 
@@ -41,6 +42,8 @@ def explain(
     if config == paths.CONFIG and not os.access(config, os.R_OK) and question.asked.to is not None:
         # As of all commands: the daemon that runs with another file is there to be asked.
         status = explaining.explain_by_daemon(ask.run_dir(config), question.asked, as_json=as_json)
+    elif config == paths.CONFIG and not config.exists():
+        raise UsageError(f"There is no {config}: name the daemon's file with --config.")
     else:
         status = explaining.explain(configuration.load(config), question, from_registry=True, as_json=as_json)
     raise typer.Exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -47,7 +48,10 @@ def conditions(written: list[str] | None) -> dict[str, str]:
 
 
 def targets(written: list[str], external: bool, proxy_protocol: bool = False) -> list[dict[str, object]]:
-    """Targets as the API takes them."""
+    """Targets as the API takes them; raises UsageError for what is a condition."""
+    for text in written:
+        if re.fullmatch(r"[a-z0-9-]+(\.[^=/:]+)?=.*", text):
+            raise UsageError(f"{text} is no target; a condition is an option (--key {text}).")
     more = {"proxy_protocol": "v2"} if proxy_protocol else {}
     return [{"address": target, "external": external, **more} for target in written]
 
