@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from steerd import config as configuration
 from steerd.config import Config
+from steerd.control import elsewhere
 from steerd.control.api import Api, Context
 from steerd.control.claims import Collector
 from steerd.control.registry import Registry
@@ -153,6 +154,7 @@ class Daemon:
         await self._waker.recall()
         self._end_what_is_over()
         self._look_at_targets()
+        self._look_at_endpoints()
         await self._api.start()
         if self._monitor is not None:
             await self._monitor.start()
@@ -229,6 +231,7 @@ class Daemon:
     async def _put_in_force(self, new: Config) -> None:
         async with self._aliases.changing, self._table.changing:
             await asyncio.to_thread(self._apply, new)
+        await asyncio.to_thread(self._look_at_endpoints)
 
     def _apply(self, new: Config) -> None:
         """Put a new configuration in force: what it adds first, what it takes away last. Raises SteerdError or OSError,
@@ -291,6 +294,18 @@ class Daemon:
             return
         if changes.dead or changes.alive:
             self._log.info("targets changed", dead=_few(changes.dead), alive=_few(changes.alive))
+
+    def _look_at_endpoints(self) -> None:
+        """Say which ones are at addresses that this machine does not have."""
+        try:
+            found = elsewhere.sentences(self._config, self._machine.elsewhere)
+        except (SteerdError, OSError) as error:
+            self._log.error("it cannot be seen which endpoints are here", why=str(error))
+            return
+        for sentence in found[:_MAX_SHOWN]:
+            self._log.warning("endpoint elsewhere", why=sentence)
+        if len(found) > _MAX_SHOWN:
+            self._log.warning("endpoints elsewhere", more=len(found) - _MAX_SHOWN, see="steerctl endpoints")
 
     def _end_what_is_over(self) -> None:
         """Flows of leases that ended, and whose flows did not, since the daemon did."""

@@ -159,14 +159,20 @@ def missing(pools: Sequence[Pool]) -> int:
 
 def are_local(addresses: Iterable[IPAddress]) -> bool:
     """Whether the kernel takes all of these for addresses of this machine. One message each."""
+    return not elsewhere(addresses)
+
+
+def elsewhere(addresses: Iterable[IPAddress]) -> set[IPAddress]:
+    """Those that the kernel does not take for addresses of this machine. One message each."""
+    missing = set()
     with Rtnetlink() as netlink:
         for address in addresses:
             family = socket.AF_INET if address.version == 4 else socket.AF_INET6
             about = _RTMSG.pack(family, address.max_prefixlen, 0, 0) + attribute(_RTA_DST, address.packed)
             found = netlink.answer(request(_RTM_GETROUTE, about))
             if found is None or found[_AT_ROUTE_TYPE] != _RTN_LOCAL:
-                return False
-    return True
+                missing.add(address)
+    return missing
 
 
 class Watcher:

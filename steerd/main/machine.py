@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from importlib import metadata
 
 from structlog.typing import FilteringBoundLogger
@@ -14,13 +14,13 @@ from steerd.config import Config
 from steerd.control.api.context import ConntrackUse, LogSettings, Machinery, WorkerStatus
 from steerd.control.states import States
 from steerd.errors import ConfigError, KernelError, SteerdError
-from steerd.kernel import conntrack, flows, listeners, queue, statistics
+from steerd.kernel import aliases, conntrack, flows, listeners, queue, statistics
 from steerd.kernel.conntrack import Entry
 from steerd.kernel.nftables import Nftables
 from steerd.main.epochs import Epochs
 from steerd.main.reload import Reloader
 from steerd.main.workers import Workers
-from steerd.model import TCP, UDP, Reason, Target
+from steerd.model import TCP, UDP, IPAddress, Reason, Target
 from steerd.telemetry import logs
 from steerd.telemetry.counters import Counters, Extra, Gauge, LogSwitch
 
@@ -96,6 +96,9 @@ class Machine:
             [protocol for protocol, listens in by_protocol if to.port and listens[place]]
             for place, to in enumerate(targets)
         ]
+
+    def elsewhere(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
+        return aliases.elsewhere(addresses)
 
     def log_settings(self) -> LogSettings:
         switch = self._counters.log

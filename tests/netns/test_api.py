@@ -169,7 +169,7 @@ def test_status_is_that_of_the_machine(lab: Gateway) -> None:
 def test_a_reload_is_answered_when_it_is_in_force_or_says_what_is_wrong(lab: Gateway) -> None:
     text = lab.config.read_text()
     lab.config.write_text(text + '[services.more]\nendpoints = ["203.0.113.10:81/tcp"]\ndefault = "10.64.0.1:8080"\n')
-    assert ask(lab, "POST", "/v1/reload") == (200, {"file": str(lab.config), "services": 2, "pools": 1})
+    assert ask(lab, "POST", "/v1/reload") == (200, {"file": str(lab.config), "services": 2, "pools": 1, "warnings": []})
     assert served(lab, ENDPOINT4, 81).startswith("10.64.0.1 ")
     assert ask(lab, "GET", "/v1/services/more")[0] == 200
     lab.config.write_text(text + '[services.more]\nendpoints = "secret"\nendpoint = 7\n')

@@ -172,7 +172,12 @@ def test_steerctl_reload_answers_when_it_is_in_force_or_says_what_is_wrong(lab: 
     lab.configure(CONFIG + SPARE.format(first=9000))
     assert steerctl() == (0, f"{lab.config} is in force: services 2, pools 2\n", "")
     assert "9000-9010" in lab.host.sh("nft list set inet steerd late4")
-    lab.expected_warnings = ["not reloaded; the running configuration stays"]
+    lab.expected_warnings = ["not reloaded; the running configuration stays", "endpoint elsewhere"]
+    lab.host.sh("ip addr del 203.0.113.10/32 dev lo")
+    lacking = "203.0.113.10 is not an address of this machine now; no connection to it is steered until it is"
+    assert steerctl() == (0, f"{lab.config} is in force: services 2, pools 2\n{lacking}\n", "")
+    assert [event["why"] for event in lab.events() if event["event"] == "endpoint elsewhere"] == [lacking]
+    lab.host.sh("ip addr add 203.0.113.10/32 dev lo")
     lab.configure(CONFIG + SPARE.format(first=9000).replace("/28", "/99") + "frob = 1\n")
     status, said, error = steerctl()
     assert (status, said) == (1, "")

@@ -13,7 +13,7 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -29,7 +29,7 @@ from steerd.control.flows import Entry
 from steerd.control.registry import Registry
 from steerd.core.marks import FIRST_TARGET_ID
 from steerd.errors import ConfigError, Problem, RegistryError, SteerdError
-from steerd.model import DEAD, DRAINED, TCP, Target
+from steerd.model import DEAD, DRAINED, TCP, IPAddress, Target
 from tests.unit.test_sessions_table import BOTH, TEXT, entry, publish
 
 A = "198.51.100.7"
@@ -69,6 +69,10 @@ class Bare:
     def listening(self, targets: Sequence[Target]) -> list[list[int]]:
         """On those with a port."""
         return [[TCP] if target.port else [] for target in targets]
+
+    def elsewhere(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
+        """203.0.113.9."""
+        return {address for address in addresses if str(address) == "203.0.113.9"}
 
     def log_settings(self) -> LogSettings:
         """What was put last."""

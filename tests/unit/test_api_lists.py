@@ -3,15 +3,17 @@ status; and explain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steerd import config
+from steerd.control.api import status
 from steerd.control.registry import Registry
-from tests.unit.test_api import Served, serving
+from steerd.model import Target
+from tests.unit.test_api import Bare, Served, serving
 
 TEXT = """
 [pools.tenants]
@@ -116,6 +118,7 @@ def test_endpoints(api: Served) -> None:
         ]
     assert (listed[0]["address"], listed[0]["first_port"], listed[0]["last_port"]) == ("203.0.113.9", 1000, 2000)
     assert listed[4]["protocol"] == "udp"
+    assert [each["is_here"] for each in listed] == [False, True, True, True, True]
     assert api.ask("GET", "/v1/endpoints?after=x")[1]["field"] == "after"
 
 
@@ -203,9 +206,32 @@ def test_status(api: Served) -> None:
         "dynamic_routes": 0,
         "leases": 1,
         "quarantined": 0,
+        "targets": 5,
+        "unheard_targets": 0,
     }
     assert found["machine"]["conntrack"] == {"entries": 7, "limit": 262144}
     assert found["machine"]["workers"][0]["is_bound"] is False
+
+
+def test_status_counts_targets_on_which_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that a connection wakes, are in no pool, or keep the client's port."""
+    text = TEXT.replace(
+        'default = "10.64.0.2:53"',
+        'default = { address = "10.64.0.2:53", wake = ["/bin/true"], user = "nobody" }',
+    )
+
+    class Deaf(Bare):
+        def listening(self, targets: Sequence[Target]) -> list[list[int]]:
+            return [[] for _ in targets]
+
+    registry = Registry(str(tmp_path))
+    registry.publish(config.parse(text, "steerd.toml"))
+    with serving(registry, tmp_path, machine=Deaf()) as served:
+        holds = got(served, "/v1/status")["holds"]
+        assert (holds["targets"], holds["unheard_targets"]) == (5, 3)
+        monkeypatch.setattr(status, "MAX_LOOKED_AT", 4)
+        assert got(served, "/v1/status")["holds"]["unheard_targets"] is None
+    registry.close()
 
 
 def test_explain(api: Served) -> None:

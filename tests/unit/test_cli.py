@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from steerd.control.api.context import ConntrackUse, Machinery, WorkerStatus
 from steerd.control.registry import Registry
 from steerd.kernel import aliases, ruleset
 from steerd.kernel.nftables import Nftables
-from steerd.model import Reason
+from steerd.model import Reason, Target
 from steerd.telemetry.counters import Counters, Extra, Gauge
 from tests.unit.test_api import Bare, serving
 
@@ -275,6 +275,9 @@ class Busy(Bare):
             "0.1.0", 4194304, 1.5, why, workers, counters, counters, counters, counters, ConntrackUse(10**7, 10**7)
         )
 
+    def listening(self, targets: Sequence[Target]) -> list[list[int]]:
+        return [[] for _ in targets]
+
 
 @pytest.mark.parametrize("machine", [Bare(), Busy()], ids=["idle", "busy"])
 def test_status_of_a_daemon_that_answers_fits_one_screen(run: Run, good: str, machine: Bare) -> None:
@@ -296,6 +299,8 @@ def test_status_of_a_daemon_that_answers_fits_one_screen(run: Run, good: str, ma
     assert found["holds"]["services"] == 1
     assert "1 services, 1 endpoints, 4 aliases, 0 routes, 0 leases, 0 in quarantine" in " ".join(out.split())
     counted = machine.status()
+    assert ("targets        1, nobody listens on 1 (steerctl targets)" in lines) == isinstance(machine, Busy)
+    assert ("targets        1" in lines) != isinstance(machine, Busy)
     if isinstance(machine, Busy):
         assert "REFUSED: a file with many mistakes" in out
         assert "63 of 64 bound (THE PACKETS OF THE OTHERS ARE DROPPED)" in out

@@ -98,7 +98,7 @@ def test_services_and_endpoints(api: Served) -> None:
         "web", "203.0.113.10:80/tcp, [2001:db8::10]:80/tcp", "http", "",
     ]  # fmt: skip
     assert len(json.loads(steerctl(api, "endpoints", "--json"))) == 3
-    assert rows(steerctl(api, "endpoints"))[0] == ["203.0.113.10:53/udp", "names", "every datagram"]
+    assert rows(steerctl(api, "endpoints"))[0] == ["203.0.113.10:53/udp", "names", "every datagram", ""]
 
 
 def test_pools_and_aliases(api: Served) -> None:

@@ -14,4 +14,5 @@ def reload(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     status 1), and what was in force stays."""
     answer = ask.request(config, "POST", "reload", timeout=_SECONDS)
     text = f"{answer['file']} is in force: services {answer['services']}, pools {answer['pools']}"
+    text = "\n".join([text, *answer["warnings"]])
     show.said(answer, text, as_json)

@@ -16,7 +16,7 @@ def services(limit: given.Limit = None, config: Config = DEFAULT_CONFIG, as_json
 
 def endpoints(limit: given.Limit = None, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Where clients connect to, whose it is, and what decides there where a connection goes."""
-    looks = show.List("endpoints", ("endpoint", "service", "decides"), _endpoint)
+    looks = show.List("endpoints", ("endpoint", "service", "decides", "state"), _endpoint)
     show.listed(looks, config, limit, as_json, "endpoints", "endpoints")
 
 
@@ -32,4 +32,5 @@ def _service(service: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _endpoint(endpoint: dict[str, Any]) -> tuple[str, ...]:
-    return endpoint["endpoint"], endpoint["service"], endpoint["decides"]
+    state = "" if endpoint["is_here"] else "not an address of this machine now"
+    return endpoint["endpoint"], endpoint["service"], endpoint["decides"], state

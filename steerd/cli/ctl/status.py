@@ -122,7 +122,10 @@ def in_short(state: dict[str, Any], is_running: bool) -> list[str]:
         routes = holds["static_routes"] + holds["dynamic_routes"]
         numbers = {name: holds[name] for name in ("services", "endpoints", "aliases")}
         numbers |= {"routes": routes, "leases": holds["leases"], "in quarantine": holds["quarantined"]}
+        unheard = holds["unheard_targets"]
+        silent = f", nobody listens on {unheard:,} (steerctl targets)" if unheard else ""
         lines += _labelled("holds", ", ".join(f"{count:,} {name}" for name, count in numbers.items()), most=2)
+        lines += _labelled("targets", f"{holds['targets']:,}{silent}", most=1)
     lines += _labelled("workers", _workers(machine["workers"]), most=2)
     if machine["conntrack"] is not None:
         use = machine["conntrack"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 from msgspec import Meta, Struct
@@ -11,7 +11,7 @@ from steerd.config import Config
 from steerd.control.flows import Entry
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
-from steerd.model import Target
+from steerd.model import IPAddress, Target
 
 
 class WorkerStatus(Struct, frozen=True):
@@ -84,6 +84,9 @@ class Machine(Protocol):
     def listening(self, targets: Sequence[Target]) -> list[list[int]]:
         """Of each target the protocols (model.TCP, model.UDP) in which a socket of this host takes connections there
         now; of one that keeps the client's port, none. Called in a thread. Raises KernelError."""
+
+    def elsewhere(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
+        """Those that are not addresses of this machine now. Called in a thread. Raises KernelError."""
 
     def log_settings(self) -> LogSettings:
         """What is logged now."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from msgspec import Struct
 
+from steerd.control import elsewhere
 from steerd.control.api.context import Context
 from steerd.control.api.operation import Answer, AnyOperation, Nothing, Operation, Request
 from steerd.errors import ConfigError
@@ -32,6 +35,8 @@ class Reloaded(Struct, frozen=True):
     file: str
     services: int
     pools: int
+    warnings: list[str]
+    """What cannot work now, though nothing is wrong with the file: endpoints at addresses that are not here."""
 
 
 async def reload(context: Context, _request: Request[Nothing, Nothing, Nothing]) -> Answer:
@@ -43,7 +48,8 @@ async def reload(context: Context, _request: Request[Nothing, Nothing, Nothing])
     if problem is not None:
         mistakes = [Mistake(None, str(problem))]
         return Answer(409, Refused("configuration", None, str(problem), config.file, mistakes))
-    return Answer(200, Reloaded(config.file, len(config.services), len(config.pools)))
+    warnings = await asyncio.to_thread(elsewhere.sentences, config, context.machine.elsewhere)
+    return Answer(200, Reloaded(config.file, len(config.services), len(config.pools), warnings))
 
 
 OPERATIONS: tuple[AnyOperation, ...] = (
@@ -57,5 +63,6 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         query=Nothing,
         body=Nothing,
         answers={200: Reloaded, 409: Refused},
+        errors=("kernel",),
     ),
 )

@@ -55,6 +55,8 @@ class EndpointView(Struct, frozen=True):
     protocol: str
     decides: Decides
     """What decides where a connection goes; of `first payload`, an extension in the SYN where `inspect` asks for it."""
+    is_here: bool
+    """Its address is one of this machine now; else no connection to it is steered."""
 
 
 class ServicePage(Struct, frozen=True):
@@ -96,7 +98,9 @@ def list_endpoints(context: Context, request: Request[Nothing, Page, Nothing]) -
         start = bisect_right(found, after, key=lambda each: _order(each[0]))
     page = found[start : start + request.query.limit]
     more = start + len(page) < len(found)
-    return Answer(200, EndpointPage([_endpoint(*each) for each in page], str(page[-1][0]) if more else None))
+    elsewhere = context.machine.elsewhere({endpoint.address for endpoint, _ in page})
+    views = [_endpoint(*each, is_here=each[0].address not in elsewhere) for each in page]
+    return Answer(200, EndpointPage(views, str(page[-1][0]) if more else None))
 
 
 def _service(context: Context, service: Service) -> ServiceView:
@@ -117,7 +121,7 @@ def _service(context: Context, service: Service) -> ServiceView:
     )
 
 
-def _endpoint(endpoint: Endpoint, service: Service) -> EndpointView:
+def _endpoint(endpoint: Endpoint, service: Service, *, is_here: bool) -> EndpointView:
     decides: Decides = "first payload" if service.is_late else "syn"
     if endpoint.protocol != TCP:
         decides = "every datagram" if service.decides_every_datagram else "first datagrams"
@@ -129,6 +133,7 @@ def _endpoint(endpoint: Endpoint, service: Service) -> EndpointView:
         last_port=endpoint.last_port,
         protocol=PROTOCOL_NAMES[endpoint.protocol],
         decides=decides,
+        is_here=is_here,
     )
 
 
@@ -171,5 +176,6 @@ OPERATIONS: tuple[AnyOperation, ...] = (
         query=Page,
         body=Nothing,
         answers={200: EndpointPage},
+        errors=("kernel",),
     ),
 )
