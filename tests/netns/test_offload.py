@@ -14,18 +14,22 @@ import random
 import signal
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steerd.control import client as api_client
-from steerd.kernel.nftables import Nftables
+from steerd.kernel.nftables import Element, Nftables
 from steerd.model import Extension
 from steerd.wire import portext
 from tests.netns.conftest import hosts
 from tests.netns.flood import checksum
-from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, NUMBERS, SLOWER, Gateway, gateway
+from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, NUMBERS, ROOT, SLOWER, Gateway, gateway
+from tests.unit.test_systemd import setting
 
 CONFIG = """
 [pools.tenants]
@@ -70,6 +74,16 @@ class Lab:
         with contextlib.closing(nftables):
             keys = [element.key for element in nftables.elements(f"offload{version}")]
         return {int.from_bytes(key[-4:-2] if version == 4 else key[-2:], "big") for key in keys}
+
+    def put_back(self, extension: int) -> None:
+        """An element of each map, as a worker would add it, to whatever target."""
+        tail = extension.to_bytes(2, "big")
+        with self.gateway.host.entered():
+            nftables = Nftables()
+        with contextlib.closing(nftables):
+            keys = {4: bytes(12) + tail + b"\0\0", 6: bytes(26) + tail}
+            nftables.insert([Element(f"offload{version}", key, bytes(4)) for version, key in keys.items()])
+        assert self.held(4) == self.held(6) == {extension}
 
     def learn(self, extension: int, version: int, alias: int | None = None) -> None:
         """Have a worker decide, and tell the kernel."""
@@ -267,6 +281,29 @@ def test_without_workers_what_the_kernel_knows_goes_on_and_a_stop_ends_that(lab:
     lab.gateway.start()
     for version in (4, 6):
         lab.learn(5, version)
+
+
+def test_what_was_killed_goes_on_until_the_service_has_ended_or_begins_again(lab: Lab, tmp_path: Path) -> None:
+    for version in (4, 6):
+        lab.learn(5, version)
+    lab.gateway.kill()
+    for version in (4, 6):
+        assert [lab.asked(5, version) for _ in range(3)] == [4, 4, 4]
+    (service_ended,) = setting("ExecStopPost")
+    lab.gateway.host.sh(service_ended.removeprefix("-"))
+    assert not lab.held(4) and not lab.held(6)
+    lab.put_back(5)
+    # A start that comes no further than to aliases and table.
+    no_nft = tmp_path / "nft"
+    no_nft.write_text('#!/bin/sh\ncase "$1" in --check) exit 0;; *) exit 1;; esac\n')
+    no_nft.chmod(0o755)
+    words = f"PATH={tmp_path}:{os.environ['PATH']}", sys.executable, "-m", "steerd", "run", str(lab.gateway.config)
+    done = subprocess.run(
+        lab.gateway.host.command("env", *words), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode and "nft -f - failed" in done.stderr
+    assert not lab.held(4) and not lab.held(6)
+    lab.gateway.start()
 
 
 def test_when_the_kernel_lost_a_target_the_workers_put_it_back(lab: Lab) -> None:

@@ -299,6 +299,24 @@ def test_a_stop_keeps_what_is_steered(running: Machine) -> None:
     steers(machine)
 
 
+def test_what_the_kernel_steers_by_itself_ends_with_a_killed_service(running: Machine) -> None:
+    machine = running
+    drop_in = machine.host.root / "etc/systemd/system/steerd.service.d/once.conf"
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text("[Service]\nRestart=no\n")
+    try:
+        machine.host.run("systemctl", "daemon-reload")
+        with connection(machine):
+            held = "nft", "list", "map", "inet", "steerd", "offload4"
+            machine.host.wait(lambda: "elements" in machine.host.run(*held), "the kernel was told")
+            machine.host.run("systemctl", "kill", "--kill-who=main", "--signal=KILL", "steerd")
+            machine.host.wait(lambda: machine.service("ActiveState") == "failed", "it is seen to be gone")
+            assert "elements" not in machine.host.run(*held)
+    finally:
+        shutil.rmtree(drop_in.parent)
+        machine.host.run("systemctl", "daemon-reload")
+
+
 def test_what_holds_clients_back_during_a_boot_is_not_loaded_after_it(running: Machine) -> None:
     machine = running
     assert (machine.host.root / "var/lib/steerd/hold.nft").exists()
