@@ -1,10 +1,11 @@
 """The main process: makes the machine match the configuration, starts the workers, and keeps both so.
 
-Start, in this order, so that nothing is let through half-done: the lock, the registry (ids and plan), the aliases, the
-table, the workers. From then on it repairs what others take away (aliases, the table), keeps the list of ports with
-wildcard listeners, restarts workers that die, and reloads when it is asked to (SIGHUP, the API). On SIGTERM it stops
-the workers and leaves table and aliases as they are: established connections go on, new ones are dropped until it is
-back (fail closed), those too that the kernel could steer by itself.
+Start, in this order, so that nothing is let through half-done: the lock, the registry (ids and plan; the kernel forgets
+what it was told to steer by itself), the table, the aliases, which it guards, the workers. From then on it repairs what
+others take away (aliases, the table), keeps the list of ports with wildcard listeners, restarts workers that die, and
+reloads when it is asked to (SIGHUP, the API). On SIGTERM it stops the workers and leaves table and aliases as they are:
+established connections go on, new ones are dropped until it is back (fail closed), and so are those that the kernel
+could steer by itself.
 
 Each part is in steerd.main; here they are put together, and told which configuration is in force.
 """
@@ -198,10 +199,11 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
     def _set_up(self, progress: Callable[[int, int], None] | None, started: float) -> None:
-        """The registry, the aliases, the table."""
+        """The registry, the table, the aliases."""
         plan = self._publish(self._config)
-        changes = aliases.reconcile(list(self._config.pools.values()), progress)
         self._table.begin(self._registry)
+        # Behind the table: without it, whoever has a route here would reach them directly.
+        changes = aliases.reconcile(list(self._config.pools.values()), progress)
         self._log.info(
             "table loaded",
             queue="nft" if self._table.has_native_queue else "xt_NFQUEUE (this kernel has no nft queue)",

@@ -92,6 +92,17 @@ class Gateway:
         meanwhile()
         self.wait(lambda: self.count_events("ready") > ready, "the daemon is ready")
 
+    def start_without_a_table(self) -> None:
+        """Start the daemon where nft refuses to load anything, and wait until it gives up for that."""
+        programs = self.directory / "programs"
+        programs.mkdir()
+        (programs / "nft").write_text('#!/bin/sh\ncase "$1" in --check) exit 0;; *) exit 1;; esac\n')
+        (programs / "nft").chmod(0o755)
+        path = f"PATH={programs}:{os.environ['PATH']}"
+        start = self.host.command("env", path, sys.executable, "-m", "steerd", "run", str(self.config))
+        done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode and "nft -f - failed" in done.stderr, done.stderr
+
     def stop(self) -> None:
         """SIGTERM, and wait."""
         assert self.daemon is not None

@@ -112,6 +112,11 @@ def test_until_it_is_there_again_nobody_gets_what_is_for_steerd(booted: Gateway)
         assert select.select(listening[: len(STEERED)], [], [], 0)[0] == []
 
 
+def test_there_is_no_alias_without_the_table_that_guards_it(booted: Gateway) -> None:
+    booted.start_without_a_table()
+    assert "steer" not in booted.host.sh("nft list tables; ip -br link")
+
+
 def test_it_is_about_the_endpoints_in_force_and_goes_with_the_table(booted: Gateway) -> None:
     hold = booted.directory / "state" / "hold.nft"
     before = hold.read_text()
