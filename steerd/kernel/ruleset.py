@@ -213,14 +213,26 @@ def fill(contents: Contents) -> str:
     return "\n".join(lines) + "\n"
 
 
-def hold(contents: Contents) -> str:
-    """nft commands for a table that drops whatever comes for these endpoints, so that it is sent again: for a boot,
-    until `load` takes that table away."""
+def hold(contents: Contents, tcp_option: int) -> str:
+    """nft commands for a table that drops whatever comes to these endpoints for steerd to decide, so that it is sent
+    again: for a boot, until `load` takes that table away. The rest is what chains undecided4/6 let through."""
+    waiting = {*contents.every_syn, *contents.late}
+    dropped = contents._replace(early=tuple(e for e in contents.early if e in waiting))
+    passed = contents._replace(early=tuple(e for e in contents.early if e not in waiting))
+    syn = "tcp flags & (fin | syn | rst | ack) == syn"
+    carries = [f"{syn} tcp option {tcp_option} exists", f"{syn} @ih,0,8 >= 0"]
+    carries4 = [f"{syn} ip hdrlength > 5", *carries]
+    carries6 = [f"{syn} exthdr dst exists", *carries]
     rules = [
-        f"iif != lo {family} daddr . {protocol} dport {{ {', '.join(listed)} }} drop"
-        for version, family in ((4, "ip"), (6, "ip6"))
-        for protocol, names in (("tcp", ("early",)), ("udp", ("datagram", "query")))
-        if (listed := [element for name in names for element in elements(contents, version)[f"{name}{version}"]])
+        f"iif != lo {condition} {family} daddr . {protocol} dport {{ {', '.join(listed)} }} drop"
+        for version, family, carrying in ((4, "ip", carries4), (6, "ip6", carries6))
+        for protocol, names, of, conditions in (
+            ("tcp", ("early",), dropped, [""]),
+            ("tcp", ("early",), passed, carrying),
+            ("udp", ("datagram", "query"), contents, [""]),
+        )
+        if (listed := [element for name in names for element in elements(of, version)[f"{name}{version}"]])
+        for condition in conditions
     ]
     lines = ["type filter hook prerouting priority raw", *rules]
     return f"{_without_table(HOLD_TABLE)}table inet {HOLD_TABLE} {{ chain hold {{\n" + "\n".join(lines) + "\n}\n}\n"

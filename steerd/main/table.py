@@ -161,7 +161,7 @@ class Table:
         now = ruleset.change(before, settings, contents, native=self.has_native_queue)
         if now == before:
             return
-        self._note(now)
+        self._note(now, settings)
         if now.rules != before.rules:
             # It may be another handshake that clients are told of.
             self._counters.next_generation()
@@ -230,7 +230,8 @@ class Table:
     def _load(self, config: Config, *, empty_targets: bool = False) -> None:
         """All of it anew."""
         settings, contents = self._wanted_of(config)
-        self._note(ruleset.load(settings, contents, native=self.has_native_queue, empty_targets=empty_targets))
+        native = self.has_native_queue
+        self._note(ruleset.load(settings, contents, native=native, empty_targets=empty_targets), settings)
         self._epochs.begin()
         self._forget_unsteered(contents, contents.datagram, contents.pools)
         self._wildcard_ports = set()
@@ -241,12 +242,12 @@ class Table:
             self._set_sysctls(config)
         return settings_of(config, handshake.measure()), contents_of(config)
 
-    def _note(self, loaded: ruleset.Loaded) -> None:
+    def _note(self, loaded: ruleset.Loaded, settings: ruleset.Settings) -> None:
         self._loaded = loaded
         self._rules = ruleset.our_rules(self._nftables)
         self._elements = ruleset.our_elements(self._nftables)
         try:
-            _keep_hold(hold_file(self._config()), ruleset.hold(loaded.contents))
+            _keep_hold(hold_file(self._config()), ruleset.hold(loaded.contents, settings.tcp_option))
         except OSError as error:
             self._log.error("a boot will not hold what is for steerd until it is there", why=str(error))
 

@@ -7,15 +7,20 @@ wildcard address from the first moment on. Topology: tests/netns/gateway.py.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import select
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.netns.gateway import ENDPOINT4, ENDPOINT6, ROOT, Gateway, gateway
+from steerd.model import Extension
+from steerd.wire import portext
+from tests.netns.flood import packet, raw_socket
+from tests.netns.gateway import CLIENT4, CLIENT6, ENDPOINT4, ENDPOINT6, NUMBERS, ROOT, Gateway, gateway
 from tests.netns.lab import Host
 
 CONFIG = """
@@ -34,6 +39,16 @@ default = ["10.64.0.1:443", "[fd00:64::1]:443"]
 endpoints = ["203.0.113.10:53/udp"]
 inspect = ["dns"]
 default = "10.64.0.1:53"
+"""
+PASSING = """
+[pools.tenants]
+prefixes = ["10.64.0.0/28", "fd00:64::/124"]
+
+[services.shared]
+endpoints = ["203.0.113.10:22/tcp", "[2001:db8::10]:22/tcp"]
+inspect = ["port-extension"]
+unextended = "pass"
+extension_pool = { pool = "tenants", by = "extension", port = 22 }
 """
 STREAM, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 STEERED = [
@@ -110,6 +125,44 @@ def test_until_it_is_there_again_nobody_gets_what_is_for_steerd(booted: Gateway)
             assert select.select([client], [], [], 30)[0]
             assert b" 8080 " in client.recv(100)
         assert select.select(listening[: len(STEERED)], [], [], 0)[0] == []
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_would_reach_the_gateways_own_socket_does_so_during_a_boot_too(
+    new_host: Callable[[str], Host], version: int
+) -> None:
+    with gateway(new_host) as lab:
+        lab.configure(PASSING)
+        lab.start()
+        lab.stop()
+        endpoint = ENDPOINT4 if version == 4 else ENDPOINT6
+        lab.respond((endpoint, 1, 22))
+        lab.host.sh(f"nft flush ruleset; nft -f {lab.directory}/state/hold.nft")
+
+        lab.host.sh(
+            "nft 'table inet seen { chain arriving {"
+            " type filter hook input priority 0; tcp dport 22 tcp flags syn tcp sport 2000-2009 counter; }; }'"
+        )
+        client = CLIENT4 if version == 4 else CLIENT6
+        with lab.client.entered():
+            raw, to = raw_socket(version)
+        with raw, lab.socket(Extension(5, 0), version=version, source=(client, 2000)) as extended:
+            extended.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                extended.connect((endpoint, 22))
+            for sport, option, data in (
+                (2001, portext.encode_tcp(Extension(5, 0), NUMBERS), b""),
+                (2002, b"", b"data"),
+            ):
+                tcp = struct.pack("!HHIIBBHHH", sport, 22, 1, 0, (5 + len(option) // 4) << 4, 2, 64240, 0, 0) + option
+                addresses = (ipaddress.ip_address(address).packed for address in (client, endpoint))
+                raw.sendto(packet(*addresses, tcp, data), to)
+            assert lab.ask(None, 22, version=version).startswith(f"{endpoint} 22 ")
+        assert "packets 0 " in lab.host.sh("nft list chain inet seen arriving")
+        lab.host.sh("nft delete table inet steerd_hold")
+        with lab.socket(None, version=version, source=(client, 2003)) as plain:
+            plain.connect((endpoint, 22))
+        assert "packets 0 " not in lab.host.sh("nft list chain inet seen arriving"), "or nothing was looked at"
 
 
 def test_there_is_no_alias_without_the_table_that_guards_it(booted: Gateway) -> None:
