@@ -155,8 +155,8 @@ def test_what_would_reach_the_gateways_own_socket_does_so_during_a_boot_too(
                 (2002, b"", b"data"),
             ):
                 tcp = struct.pack("!HHIIBBHHH", sport, 22, 1, 0, (5 + len(option) // 4) << 4, 2, 64240, 0, 0) + option
-                addresses = (ipaddress.ip_address(address).packed for address in (client, endpoint))
-                raw.sendto(packet(*addresses, tcp, data), to)
+                source, destination = (ipaddress.ip_address(address).packed for address in (client, endpoint))
+                raw.sendto(packet(source, destination, tcp, data), to)
             assert lab.ask(None, 22, version=version).startswith(f"{endpoint} 22 ")
         assert "packets 0 " in lab.host.sh("nft list chain inet seen arriving")
         lab.host.sh("nft delete table inet steerd_hold")
