@@ -189,7 +189,9 @@ class Daemon:
         self._epochs.begin()
         for task in done - {stop}:
             task.result()
-        self._log.info("stopped", left=f"table and aliases (remove them with: steerd down {self._config.file})")
+        self._log.info(
+            "stopped", left=f"table and aliases (remove them with: steerd down {Path(self._config.file).absolute()})"
+        )
 
     def _listen_to_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -184,6 +184,9 @@ def test_steerctl_reload_answers_when_it_is_in_force_or_says_what_is_wrong(lab: 
     assert f"{lab.config}: pools.spare.prefixes[0]: " in error
     assert f"{lab.config}: services.spare.frob: " in error
     assert "9000-9010" in lab.host.sh("nft list set inet steerd late4")
+    lab.stop()
+    (stopped,) = (event for event in lab.events() if event["event"] == "stopped")
+    assert stopped["left"] == f"table and aliases (remove them with: steerd down {lab.config})"
 
 
 def holds_back_sighup(pid: int) -> bool:
