@@ -121,7 +121,9 @@ def die_with(parent: int) -> None:
 def main() -> None:
     """See above."""
     die_with(int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    # Both are the main process's to handle.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # What is here stays; were it looked at by collections in workers, each would get a copy of its own.
     gc.collect()
     gc.freeze()

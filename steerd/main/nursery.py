@@ -11,6 +11,9 @@ from steerd import orders
 from steerd.kernel import python
 from steerd.orders import READY, WorkerSettings
 
+# Much longer than it takes to end a worker, and less than systemd waits for the end of a service.
+_ANSWER_SECONDS = 10.0
+
 
 class Newborn:
     """A worker that was asked for, and what the nursery says of it."""
@@ -38,12 +41,16 @@ class Newborn:
         return self.status
 
     async def kill(self) -> None:
-        """End it, if it has not ended, and wait for that."""
+        """End it, if it has not ended, and wait for that; with the whole nursery, if that does not answer."""
         try:
-            while self.pid is None and await self._next():
-                pass
-            if self.pid is not None and self.status is None:
-                self._nursery.kill(self.pid)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                while self.pid is None and await self._next():
+                    pass
+                if self.pid is not None and self.status is None:
+                    self._nursery.kill(self.pid)
+                await self.end()
+        except TimeoutError:
+            self._nursery.close()
             await self.end()
         finally:
             self._transport.close()

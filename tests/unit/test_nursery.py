@@ -76,6 +76,38 @@ def test_the_end_of_a_nursery_is_the_end_of_what_it_says(tmp_path: Path) -> None
     with_nursery(use)
 
 
+def test_a_nursery_that_does_not_answer_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerd.main.nursery._ANSWER_SECONDS", 0.1)
+
+    async def use(nursery: Nursery) -> None:
+        stopped = nursery._process
+        stopped.send_signal(signal.SIGSTOP)
+        workers = [await nursery.start(settings(tmp_path)) for _ in range(2)]
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(worker.kill() for worker in workers))
+        assert stopped.poll() == -signal.SIGKILL
+        worker = await nursery.start(settings(tmp_path))
+        assert await worker.end() == 1
+        await worker.kill()
+
+    with_nursery(use)
+
+
+def test_a_hangup_is_for_the_main_process(tmp_path: Path) -> None:
+    """Whoever closes the terminal, or sends one to all processes of the service, wants a reload."""
+
+    async def use(nursery: Nursery) -> None:
+        first = nursery._process
+        for _ in range(2):
+            worker = await nursery.start(settings(tmp_path))
+            assert await worker.end() == 1
+            await worker.kill()
+            first.send_signal(signal.SIGHUP)
+        assert nursery._process is first and first.poll() is None
+
+    with_nursery(use)
+
+
 def nursery_of(parent: int, orders: socket.socket) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "steerd.nursery", str(parent)], stdin=orders.fileno())
 
