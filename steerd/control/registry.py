@@ -86,7 +86,7 @@ class Registry:
         self._store.close()
 
     def on_answers_changed(self, call: Callable[[], None]) -> None:
-        """As Store.on_answers_changed: `call` may raise SteerdError, which whoever changed something hears of."""
+        """As Store.on_answers_changed. `call` must not raise: what is on the disk by then is not yet noted here."""
         self._store.on_answers_changed = call
 
     @property

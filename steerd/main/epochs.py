@@ -23,8 +23,12 @@ class Epochs:
         self._is_owed = False
 
     def begin(self) -> None:
-        """Something else is in force now. When this returns, the kernel answers nothing by what was decided before. If
-        it refuses to forget, that is logged, and tried again by `make_good`."""
+        """Something else is in force now. When this returns, the kernel answers nothing by what was decided before; if
+        it refuses to forget, that is logged, and `make_good`, which the table's keeper calls each second, tries again.
+
+        It does not raise then: what changed is on the disk already, so an answer that it is not would be wrong, and
+        what the registry still has to note in memory (whose alias it is now) must not be left out.
+        """
         with self._lock:
             epoch = (self._words[EPOCH_WORD] + 1) & 0xFFFFFFFF
             try:

@@ -196,6 +196,7 @@ class Table:
 
         Not in a thread: while our rules are gone, every millisecond may let a packet through.
         """
+        self._epochs.make_good()
         try:
             self._let_go()
             if not self._rules <= ruleset.our_rules(self._nftables):
@@ -211,7 +212,6 @@ class Table:
                     " targets again",
                     packets=counted - untranslated,
                 )
-            self._epochs.make_good()
             self._set_wildcard_ports()
         except (SteerdError, OSError) as error:
             self._log.error("the table cannot be looked after", why=str(error))
