@@ -63,6 +63,9 @@ class Setup:
             )
             yield Step(f"write {UNIT}: the service, which runs {program}", lambda: self._write(UNIT, unit, 0o644))
             yield from self._tell_systemd("daemon-reload")
+            # Units that an older version did not have come with it only when it is enabled anew (Also= in the unit).
+            if self._is_enabled():
+                yield from self._tell_systemd("reenable", UNIT.name)
 
     def remove(self) -> Iterator[Step]:
         """What is left to be taken away, in this order."""
@@ -102,8 +105,15 @@ class Setup:
         gid = next(int(line.split(":")[2]) for line in groups if line.startswith("steerd:"))
         os.chown(self._in(CONFIGURATION), -1, gid)
 
+    def _has_systemd(self) -> bool:
+        return self._here and self._in(Path("/run/systemd/system")).is_dir()
+
+    def _is_enabled(self) -> bool:
+        asked = ("systemctl", "--quiet", "is-enabled", UNIT.name)
+        return self._has_systemd() and subprocess.run(asked, check=False).returncode == 0
+
     def _tell_systemd(self, *words: str) -> Iterator[Step]:
-        if self._here and Path("/run/systemd/system").is_dir():
+        if self._has_systemd():
             yield Step(f"systemctl {' '.join(words)}", lambda: _run("systemctl", *words))
 
     def _program(self) -> Path:

@@ -60,6 +60,30 @@ def test_it_makes_user_example_and_unit_once(root: Path, prefix: Path) -> None:
     assert done(root) == []
 
 
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_an_upgrade_of_an_enabled_service_enables_what_came_with_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_enabled: bool
+) -> None:
+    done(root)
+    (root / "etc/systemd/system/steerd-hold.service").unlink()
+    systemctl = tmp_path / "bin/systemctl"
+    systemctl.parent.mkdir()
+    systemctl.write_text(f"""#!/bin/sh
+case "$*" in *is-enabled*) {str(is_enabled).lower()};; *) echo "$*" >>{tmp_path}/told;; esac
+""")
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(systemctl.parent), prepend=":")
+    monkeypatch.setattr(setup, "_HIDDEN", ())
+    (root / "run/systemd/system").mkdir(parents=True)
+    plan = Setup(root)
+    plan._here = True
+    for step in plan.install():
+        step.do()
+    assert (root / "etc/systemd/system/steerd-hold.service").exists()
+    reenabled = ["reenable steerd.service"] if is_enabled else []
+    assert (tmp_path / "told").read_text().splitlines() == ["daemon-reload", *reenabled]
+
+
 def test_the_example_without_its_number_signs_is_a_configuration(root: Path) -> None:
     done(root)
     lines = (root / "etc/steerd/steerd.toml").read_text().split("[gateway]")[1].splitlines()

@@ -370,6 +370,11 @@ def test_an_installation_by_pip_is_set_up_and_taken_away(machine: Machine) -> No
     assert machine.service("ActiveState") == "active"
     machine.have_daemons()
     steers(machine)
+    # An older version had no such unit.
+    machine.host.run("systemctl", "disable", "--quiet", "steerd-hold")
+    machine.host.run("rm", "/etc/systemd/system/steerd-hold.service")
+    assert "systemctl reenable steerd.service" in machine.host.run(*setup)
+    assert machine.host.run("systemctl", "is-enabled", "steerd", "steerd-hold").split() == ["enabled"] * 2
     machine.host.run(*setup, "--remove")
     assert machine.host.try_run("systemctl", "is-active", "steerd").stdout.strip() != "active"
     assert sh(f"find {machine.host.root}/etc/systemd -name 'steerd*'") == ""
