@@ -12,7 +12,7 @@ AS_ROOT = $(SUDO) env PYTHONDONTWRITEBYTECODE=1 PYTEST_ADDOPTS="-p no:cacheprovi
 .PHONY: help setup compiled setup-programs setup-bench setup-packages setup-lab deb wheel man lock test-packages test-matrix lab test-long demo test lint unit netns test-vm bench bench-plots clean
 
 help:
-	@echo "make demo             70,000 daemons (listening sockets) and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked; half a minute"
+	@echo "make demo             70,000 daemons (listening sockets) and 3,200 names (TLS, HTTP, QUIC, DNS) behind one address, each reached and checked; in less than a minute"
 	@echo "make test             linters, types, unit, property and namespace tests, and test-matrix"
 	@echo "make bench [ONLY=x]   benchmarks (STEERD_BENCH_QUICK=1: only whether they work); figures and plots into tests/bench/results"
 	@echo "make bench-plots      the plots again, from the figures that are there"

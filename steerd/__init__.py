@@ -62,12 +62,12 @@ and the world into facts.* wire and core are pure: no clock, no socket, no log.
                    what to do)
     kernel/        queue, inject (raw sockets), nftables and conntrack (netlink), ruleset (the table), sysctls, aliases,
                    handshake (what this machine says in SYN-ACKs), listeners,
-                   sockets (ends a connection's), host, capabilities, notify (systemd), processes and units
+                   sockets (ends a connection's), host, firewalls, capabilities, notify (systemd), processes and units
                    (daemons that are woken; launch is what such a process begins as)
     control/       registry (LMDB): what must outlive a process and what all workers read: the plan, ids (store), routes
-                   (route_records, ties), leases, sessions and claims on them, drains, relays; states of targets and
-                   doors of daemons that sleep in shared memory; explain, flows, transfer (export and import); the API
-                   and its client
+                   (route_records, ties), leases, sessions and claims on them, drains, relays, elsewhere (endpoints);
+                   states of targets and doors of daemons that sleep in shared memory; explain, flows, transfer (export
+                   and import); the API and its client
     telemetry/     counters in shared memory, what metrics are called, logs; a dashboard and alert rules
 
 Imports go one way, and tests/unit/test_imports.py checks it: daemon, worker and cli see all; kernel sees core and

@@ -23,7 +23,7 @@ from steerd.cli.explain import as_text
 from steerd.control.explain import ExplanationView, StepView
 from steerd.control.registry import Registry
 from steerd.errors import SteerdError
-from tests.unit.test_api import Served, serving
+from tests.unit.test_api import Bare, Served, serving
 from tests.unit.test_complete import SHELLS, offered
 
 TEXT = """
@@ -91,7 +91,7 @@ def test_every_command_gives_json_and_says_what_it_does() -> None:
         assert inspect.getdoc(callback), words
 
 
-def test_services_and_endpoints(api: Served) -> None:
+def test_services_and_endpoints(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     services = json.loads(steerctl(api, "services", "--json"))
     assert [service["name"] for service in services] == ["names", "web"]
     assert rows(steerctl(api, "services"))[1][:4] == [
@@ -99,6 +99,8 @@ def test_services_and_endpoints(api: Served) -> None:
     ]  # fmt: skip
     assert len(json.loads(steerctl(api, "endpoints", "--json"))) == 3
     assert rows(steerctl(api, "endpoints"))[0] == ["203.0.113.10:53/udp", "names", "every datagram", ""]
+    monkeypatch.setattr(Bare, "elsewhere", lambda _machine, addresses: set(addresses))
+    assert {row[3] for row in rows(steerctl(api, "endpoints"))} == {"not an address of this machine now"}
 
 
 def test_pools_and_aliases(api: Served) -> None:
