@@ -186,7 +186,7 @@ def test_stop_keeps_table_and_aliases_and_fails_closed_and_down_removes_both(lab
     assert lab.ask(Extension(7, 0), 443).startswith("10.64.0.6 ")
     steerd = f"{sys.executable} -m steerd.cli.main"
     refused = lab.host.sh(f"cd {ROOT}; {steerd} down {lab.config} 2>&1 || echo status $?")
-    assert "steerd runs already, as process" in refused
+    assert "steerd runs (process " in refused and "; stop it first" in refused
     assert refused.endswith("status 1\n")
     lab.stop()
     assert "chain steer" in lab.host.sh("nft list table inet steerd")
