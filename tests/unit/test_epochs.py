@@ -46,6 +46,7 @@ class Lab:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernel = Kernel()
         monkeypatch.setattr("steerd.main.epochs.ruleset", self.kernel)
+        monkeypatch.setattr("steerd.main.epochs.Nftables", object)
         self.counters = Counters.create(directory / "counters", 1)
         self.log = CapturingLogger()
         self.epochs = Epochs(self.counters, cast(FilteringBoundLogger, self.log))
