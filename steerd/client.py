@@ -203,10 +203,10 @@ MSS_OPTION, WINDOW_SCALE_OPTION, SACK_OPTION, TIMESTAMP_OPTION = 2, 3, 4, 8
 WINDOW = 64240
 WINDOW_SCALE = 10
 """A window of up to 64 MiB, more than the kernel's default limit on receive buffers (net.ipv4.tcp_rmem)."""
-SYN_SENT_AT = (0.0, 1.0, 3.0, 7.0)
-"""Seconds after the start at which the SYN is sent (RFC 6298: first after 1 s, then twice as long each time)."""
 GIVE_UP_AFTER = 15.0
-"""Seconds without an answer, if the caller set no timeout: when the next SYN would be due."""
+"""Seconds without an answer, if the caller set no timeout: when the fifth SYN would be due."""
+_SHORTEST_WAIT = 0.001
+"""Seconds. 0 would mean not to wait at all, and another error."""
 
 
 def _connect_by_hand(family: int, resolved: Address, option: bytes, timeout: float | None) -> socket.socket:
@@ -276,19 +276,19 @@ class _Handshake:
         return self.first_tsval + int((time.monotonic() - self.started) * 1000) & 0xFFFFFFFF
 
     def run(self, option: bytes, timeout: float) -> Packet:
-        """Send the SYN with `option`, again when it is due, until its SYN-ACK comes, which is returned."""
-        due = [at for at in SYN_SENT_AT if at < timeout or at == 0.0]
+        """Send the SYN with `option`, again after 1 s, and after twice as long each time (RFC 6298 section 5.5), until
+        its SYN-ACK comes, which is returned."""
+        due, pause = 0.0, 1.0
         while True:
             elapsed = time.monotonic() - self.started
-            if due and elapsed >= due[0]:
-                del due[0]
+            if due and elapsed >= timeout:
+                raise TimeoutError(errno.ETIMEDOUT, f"{self.remote[0]} port {self.remote[1]} did not answer the SYN")
+            if elapsed >= due:
+                due, pause = due + pause, 2 * pause
                 offered = struct.pack("!BBHBBBBIIBBBB", 2, 4, self.mss, 4, 2, 8, 10, self.tsval(), 0, 1, 3, 3,
                                       WINDOW_SCALE)  # fmt: skip
                 self.raw.send(self.segment(self.isn, 0, SYN, offered + option))
-            wait = min([timeout, *due[:1]]) - elapsed
-            if wait <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, f"{self.remote[0]} port {self.remote[1]} did not answer the SYN")
-            self.raw.settimeout(wait)
+            self.raw.settimeout(max(min(timeout, due) - elapsed, _SHORTEST_WAIT))
             with contextlib.suppress(TimeoutError):
                 answer = self._read(self.raw.recv(65535))
                 if answer is None or answer.ack != (self.isn + 1) & 0xFFFFFFFF:

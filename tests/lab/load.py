@@ -44,6 +44,11 @@ class Answer(NamedTuple):
     def is_right(self) -> bool:
         return self.came.startswith(self.expected)
 
+    @property
+    def is_wrong(self) -> bool:
+        """Somebody else answered, or nobody can tell who. A daemon that ends may cut its answer short."""
+        return not self.expected.startswith(self.came) and not self.is_right
+
 
 def endpoint(version: int) -> str:
     return ENDPOINT4 if version == 4 else ENDPOINT6
@@ -127,9 +132,10 @@ def main() -> None:
             counts["failed"] += 1
             print(f"failed: {error!r}", file=sys.stderr, flush=True)
         else:
-            counts["right" if answer.is_right else "wrong"] += 1
+            found = "right" if answer.is_right else "wrong" if answer.is_wrong else "failed"
+            counts[found] += 1
             if not answer.is_right:
-                print(f"wrong: {answer}", file=sys.stderr, flush=True)
+                print(f"{found}: {answer}", file=sys.stderr, flush=True)
         if select.select([sys.stdin], [], [], 0.02)[0]:
             break
     print(json.dumps(counts))

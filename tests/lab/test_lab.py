@@ -316,7 +316,7 @@ def test_a_gateway_that_loses_its_power_comes_back(
 ) -> None:
     before = gateway.run("steerctl export")
     boot = gateway.run("cat /proc/sys/kernel/random/boot_id").strip()
-    gateway.try_run("echo 1 >/proc/sys/kernel/sysrq; (sleep 1; echo b >/proc/sysrq-trigger) &")
+    gateway.run("echo 1 >/proc/sys/kernel/sysrq; (sleep 5; echo b >/proc/sysrq-trigger) </dev/null >/dev/null 2>&1 &")
     gateway.wait(f"grep -c -v {boot} /proc/sys/kernel/random/boot_id", "1", 60)
     gateway.wait_active()
     assert gateway.run("steerctl export") == before
