@@ -203,7 +203,7 @@ class Late:
             return DROP
         verdict = DROP
         for action in self._pending.segment(packet, now, cut=cut):
-            if isinstance(action, ForwardRaw):
+            if isinstance(action, ForwardRaw) and action.repeats:
                 self._give()
                 if self._is_vanished(flow := packet.flow):
                     self._delete_entry(flow)

@@ -9,8 +9,9 @@ answers with a step, a tuple of actions. The last one says what becomes of this 
   of `first`, carrying the mark, stands for it; then `data` from `first.seq` on follows, and behind it a FIN if `fin`.
 - `Hold`: drop it; a copy is kept, and the client need not hear of it.
 - `Acknowledge`: drop it, and tell the client that its bytes up to `ack` are here (the client is waiting for that).
-- `ForwardRaw`: drop it and send the same bytes through the raw socket. Its connection is decided already. If the kernel
-  did not open that connection after all (it still held an old one), call `forget` and ask again.
+- `ForwardRaw`: drop it and send the same bytes through the raw socket. Its connection is decided already. If it
+  `repeats` the first byte that was not acknowledged, and the kernel did not open that connection after all (it still
+  held an old one), call `forget` and ask again.
 - `Drop`: drop it. Only the reason is of interest, for a counter.
 - `GiveUp`: drop it; this connection will not be decided. If `reset`, answer with a reset of your own, since what the
   client sent will not come again. Otherwise answer as `unmatched` says, by way of the kernel, which checks the cookie.
@@ -188,6 +189,9 @@ class Hold(msgspec.Struct, frozen=True):
 class ForwardRaw(msgspec.Struct, frozen=True):
     """The packet belongs to a decided connection."""
 
+    repeats: bool
+    """Its client has not heard of the beginning yet."""
+
 
 class Drop(msgspec.Struct, frozen=True):
     """The packet is of no use."""
@@ -225,7 +229,8 @@ Step = tuple[Action[D], ...]
 Inspect = Callable[[Packet, bytes], D | Literal[Answer.NEED_MORE]]
 
 _HOLD = (Hold(),)
-_FORWARD = (ForwardRaw(),)
+_FORWARD = (ForwardRaw(repeats=False),)
+_FORWARD_REPEATED = (ForwardRaw(repeats=True),)
 _DROP = {why: (Drop(why),) for why in Why}
 
 _Key = tuple[bytes, int, bytes, int, int]
@@ -520,8 +525,10 @@ class Pending(Generic[D]):
             # Its reset was lost. Judged afresh, it would begin with the wrong byte, or be carried out once more.
             self._remember(key, replace(known, at=now), now)
             return (GiveUp(Why.GIVEN_UP if told else Why.UNANSWERED, packet, True),)
-        if not settled or (known.unacknowledged - packet.seq) & _SEQUENCE >= len(payload):
+        if (known.unacknowledged - packet.seq) & _SEQUENCE >= len(payload):
             return _FORWARD
+        if not settled:
+            return _FORWARD_REPEATED
         attempts = known.attempts + 1
         if attempts >= limits.attempts:
             self._remember(key, replace(known, at=now, attempts=attempts, given_up=True), now)
@@ -530,7 +537,7 @@ class Pending(Generic[D]):
             return self._first(key, packet, now, cut, attempts)
         # What was acknowledged is no longer held and will not be repeated: there is nothing left to decide with.
         self._remember(key, replace(known, at=now, attempts=attempts), now)
-        return _FORWARD
+        return _FORWARD_REPEATED
 
     # ---- room and memory ----
 

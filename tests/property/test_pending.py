@@ -119,8 +119,10 @@ class Gateway:
                     assert reset == (self.acknowledged > 0)
                     if self.offset(first.seq) == 0:
                         self.outcome = Outcome(None, action)
+                case ForwardRaw():
+                    pass
                 case _:
-                    assert action in (Hold(), ForwardRaw(), Drop(Why.GIVEN_UP), Drop(Why.OUTSIDE), Drop(Why.FIN_ALONE))
+                    assert action in (Hold(), Drop(Why.GIVEN_UP), Drop(Why.OUTSIDE), Drop(Why.FIN_ALONE))
         assert len(self.pending) <= 1
         assert self.pending.held_bytes <= self.pending.limits.connection_bytes
 

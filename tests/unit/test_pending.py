@@ -58,7 +58,8 @@ def decided(step: Step[str]) -> Decide[str]:
 
 
 HOLD = (Hold(),)
-FORWARD = (ForwardRaw(),)
+FORWARD = (ForwardRaw(repeats=False),)
+FORWARD_REPEATED = (ForwardRaw(repeats=True),)
 
 
 # ---- one segment ----
@@ -288,23 +289,18 @@ def test_nothing_lies_before_an_acknowledged_beginning() -> None:
 def test_what_was_queued_meanwhile_is_forwarded_and_never_judged() -> None:
     held = made()
     decided(held.segment(segment(0, b"hello\n"), 1.0))
-    for packet in (
-        segment(0, b"hello\n"),
-        segment(6, b"second\n"),
-        segment(6, b"", FIN),
-        segment(3, b"lo\n"),
-        segment(9, b"", RST),
-    ):
+    for packet in (segment(6, b"second\n"), segment(6, b"", FIN), segment(3, b"lo\n"), segment(9, b"", RST)):
         assert held.segment(packet, 1.9) == FORWARD
+    assert held.segment(segment(0, b"hello\n"), 1.9) == FORWARD_REPEATED
 
 
 def test_a_client_that_was_refused_is_decided_again_then_reset() -> None:
     held, first = made(), segment(0, b"hello\n")
     assert decided(held.segment(first, 1.0)).decision == "hello"
-    assert held.segment(first, 1.6) == FORWARD
+    assert held.segment(first, 1.6) == FORWARD_REPEATED
     assert held.segment(segment(6, b"more"), 2.0) == FORWARD
     assert decided(held.segment(first, 2.4)).decision == "hello"
-    assert held.segment(first, 3.0) == FORWARD
+    assert held.segment(first, 3.0) == FORWARD_REPEATED
     assert held.segment(first, 4.0) == (GiveUp(Why.UNANSWERED, first, True),)
     assert held.segment(first, 4.5) == (Drop(Why.GIVEN_UP),)
     assert held.segment(first, 5.5) == (GiveUp(Why.UNANSWERED, first, True),), "it may have been delivered"
@@ -336,7 +332,7 @@ def test_what_was_acknowledged_cannot_be_decided_again_and_ends_in_a_reset() -> 
     last = segment(3, b"lo\n")
     decided(held.segment(last, 1.0))
     assert held.segment(segment(0, b"hel"), 3.0) == FORWARD
-    assert held.segment(last, 3.0) == FORWARD
+    assert held.segment(last, 3.0) == FORWARD_REPEATED
     assert held.segment(last, 5.0) == (GiveUp(Why.UNANSWERED, last, True),)
 
 
@@ -520,7 +516,7 @@ def test_a_silent_client_is_held_only_where_it_is_of_interest() -> None:
     assert held.expire(1.5) == [Silence(first)]
     assert (len(held), held.next_deadline()) == (0, None)
     # What it says now belongs to a connection that is open.
-    assert held.segment(segment(0, b"late\n"), 1.6) == FORWARD
+    assert held.segment(segment(0, b"late\n"), 1.6) == FORWARD_REPEATED
 
 
 def test_a_client_that_speaks_in_time_is_judged_by_what_it_says() -> None:
@@ -557,7 +553,7 @@ def test_each_length_of_patience_has_its_own_order() -> None:
 def test_what_is_forgotten_is_judged_afresh() -> None:
     held, first = made(), segment(0, b"hello\n")
     decided(held.segment(first, 1.0))
-    assert held.segment(first, 1.1) == FORWARD
+    assert held.segment(first, 1.1) == FORWARD_REPEATED
     held.forget(first)
     assert decided(held.segment(first, 1.2)).attempt == 1
 
