@@ -67,7 +67,8 @@ class Packet(NamedTuple):
     @property
     def flow(self) -> Flow:
         """The 4-tuple."""
-        return Flow(self.src, self.sport, self.dst, self.dport)
+        flow: Flow = _new(Flow, (self.src, self.sport, self.dst, self.dport))
+        return flow
 
     @property
     def source(self) -> bytes:
@@ -136,9 +137,9 @@ def is_damaged(packet: Packet, data: bytes) -> bool:
     invalid, as it does the first segment of a connection that it does not know."""
     size = 20 + len(packet.tcp_options) + len(packet.payload)
     end = int.from_bytes(data[2:4], "big") if packet.version == 4 else 40 + int.from_bytes(data[4:6], "big")
-    pseudo = packet.src + packet.dst + TCP.to_bytes(4, "big") + size.to_bytes(4, "big")
+    summed = packet.src + packet.dst + data[end - size : end]
     # The one's complement sum of 16-bit words is the number that they make together, modulo 0xFFFF (RFC 1071).
-    return int.from_bytes(pseudo + data[end - size : end] + b"\0" * (size & 1), "big") % 0xFFFF != 0
+    return (int.from_bytes(summed + b"\0" if size & 1 else summed, "big") + TCP + size) % 0xFFFF != 0
 
 
 def is_cut(data: bytes) -> bool:
