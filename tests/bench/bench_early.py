@@ -15,6 +15,8 @@ To the others, which cannot read options, it goes to a port of its alias's own: 
 
 - dnat: one nft rule a family, `dnat to tcp dport map`; with the same option on every packet, since the option alone
   costs the kernel something, and without it (`..._no_option`);
+- hooks: dnat, and beside it the base chains of steerd's table, empty: what the kernel takes to come by them, whatever
+  is in them, and so the least that a table that guards aliases can cost;
 - haproxy, nginx: which choose by port (tests/bench/peers.py); without option. sslh cannot.
 
 Fair play: client, server, number of sockets, aliases, connections at a time, CPUs are the same. `all` is the CPU time
@@ -84,19 +86,22 @@ def _kinds(version: int, suffix: str) -> tuple[Kind, ...]:
 
 
 PEERS = ("haproxy", "nginx")
+HOOKS = "hooks"
 NO_OPERATIONS = b"\x01" * 4
 KINDS = (
     *_kinds(4, ""),
     Kind("early_upcall", "early", 4, option=True, padding=NO_OPERATIONS),
+    Kind(HOOKS, HOOKS, 4, option=True),
     *(Kind(peer, peer, 4, option=False) for peer in PEERS),
     *_kinds(6, "6"),
 )
-SYSTEMS = ("early", "map", "dnat", *PEERS)
+SYSTEMS = ("early", "map", "dnat", HOOKS, *PEERS)
 LABELS = {
     "early": "steerd",
     "early_upcall": "steerd, every SYN decided",
     "map": "an nft map by hand",
     "dnat": "DNAT, a port each",
+    HOOKS: "DNAT, and steerd's chains, empty",
     "haproxy": "HAProxy, a port each",
     "nginx": "nginx stream, a port each",
 }
@@ -107,7 +112,9 @@ def _start(lab: Lab) -> dict[str, Gateway]:
     gateways = {system: lab.gateway(system) for system in SYSTEMS}
     lab.steerd(gateways["early"], EXTENDED)
     _map(gateways["map"])
-    lab.translate(gateways["dnat"])
+    for system in ("dnat", HOOKS):
+        lab.translate(gateways[system])
+    lab.empty_chains(gateways[HOOKS], gateways["early"])
     peers.haproxy(lab, gateways["haproxy"], Choice.PORT, by_port)
     peers.nginx(lab, gateways["nginx"], Choice.PORT, by_port)
     return gateways
@@ -170,9 +177,11 @@ def run(console: Console) -> Result:
         "all_on_one_machine": True, "void_rounds": lab.void,
     }  # fmt: skip
     ratios = {}
-    for theirs in ("dnat", "map", "haproxy", "nginx", "dnat_no_option"):
+    for theirs in ("dnat", "map", HOOKS, "haproxy", "nginx", "dnat_no_option"):
         ratios[f"early/{theirs}"] = report.rate_ratio(throughput, "early", theirs)
         ratios[f"early/{theirs}_per_cpu_second"] = report.cpu_ratio(throughput, "early", theirs)
+    ratios["hooks/dnat"] = report.rate_ratio(throughput, HOOKS, "dnat")
+    ratios["hooks/dnat_per_cpu_second"] = report.cpu_ratio(throughput, HOOKS, "dnat")
     ratios["early_upcall/dnat"] = report.rate_ratio(throughput, "early_upcall", "dnat")
     ratios["early_upcall/dnat_per_cpu_second"] = report.cpu_ratio(throughput, "early_upcall", "dnat")
     for theirs in ("dnat6", "map6", "dnat6_no_option"):

@@ -44,6 +44,7 @@ LATENCY_COUNTS = {1: count_of(1500), 32: count_of(6000)}
 LABELS = {
     "late": "steerd",
     "dnat": "DNAT, a port each",
+    "hooks": "DNAT, and steerd's chains, empty",
     "haproxy": "HAProxy",
     "nginx": "nginx stream",
     "sslh": "sslh-select",
@@ -75,6 +76,9 @@ class Bench:
         extended = self.lab.service(steerd, "extended", EXTENDED_PORT, "tcp") + EXTENDED
         self.lab.steerd(steerd, routes(choice, self.lab.size) + extended)
         self.lab.translate(self._gateways["dnat"])
+        if "hooks" in systems:
+            self.lab.translate(self._gateways["hooks"])
+            self.lab.empty_chains(self._gateways["hooks"], steerd)
         for system, start in (("haproxy", peers.haproxy), ("nginx", peers.nginx), ("sslh", peers.sslh)):
             if system in systems:
                 start(self.lab, self._gateways[system], choice, NAME.format)
@@ -111,7 +115,7 @@ class Bench:
 
     def _way(self, kind: Kind) -> Way:
         port, ports = EXTENDED_PORT if kind.extended else ENDPOINT_PORT, 1
-        if kind.system == "dnat":
+        if kind.system in ("dnat", "hooks"):
             port, ports = FIRST_TRANSLATED_PORT, self.lab.size
         option, option_at = extension_option(kind.version) if kind.extended else (b"", 0)
         at = kind.request.index(NAME_TEMPLATE) + NAME_TEMPLATE.index(b"000")

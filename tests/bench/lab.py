@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import os
 import statistics
 import subprocess
@@ -350,6 +351,20 @@ class Lab:
         path.write_text(
             f"table inet plain {{ chain translate {{\ntype nat hook prerouting priority dstnat;\n{rules}}}\n}}\n"
         )
+        gateway.host.sh(f"nft -f {path}")
+
+    def empty_chains(self, gateway: Gateway, steerd: Gateway) -> None:
+        """The base chains of a gateway's steerd, at the same hooks and without a rule: what these alone cost."""
+        listed = json.loads(steerd.host.sh("nft -j list chains inet"))["nftables"]
+        chains = [
+            found for each in listed if (found := each.get("chain", {})).get("hook") and found["table"] == "steerd"
+        ]
+        rules = "".join(
+            f"chain {each['name']} {{ type {each['type']} hook {each['hook']} priority {each['prio']}; }}\n"
+            for each in chains
+        )
+        path = gateway.directory / "empty.nft"
+        path.write_text(f"table inet empty {{\n{rules}}}\n")
         gateway.host.sh(f"nft -f {path}")
 
     def wait(self, gateway: Gateway, log: Path, condition: Callable[[], bool]) -> None:
