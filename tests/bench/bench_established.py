@@ -9,7 +9,10 @@ IP option on every packet, and are compared with DNAT whose clients carry the sa
 
 steerd's and DNAT's packets take the same way, through conntrack alone, with no process in it, but steerd's pass the
 chains of its table as well. `hooks` is DNAT with these chains beside it, empty: what the kernel takes to come by them,
-whatever is in them, and so the least that a table that guards aliases can cost.
+whatever is in them, and so the least that a table that guards aliases can cost. In runs of a few minutes on a machine
+of the cloud an exchange of 20 us took longer by 9 to 23 % (`late`), by 6 to 10 % (`early`), and by 1 % with the chains
+empty; one at a time, rounds of the same kind differ by up to 30 %. It is 0.5 us a packet: its way through six chains,
+and, of late connections, two sequence numbers to be translated.
 
 A round of bulk carries half a gigabyte or more and takes no longer than a second.
 """

@@ -11,23 +11,25 @@ compares connections for each second of CPU time, everybody included; `..._at_be
 code took no time at all, so that nothing but the kernel's work were left of them. sslh tries its list of names one by
 one, so the length of the list is its cost; it has IPv4 here, and one thread.
 
-**Where the time goes** (us of CPU a connection, IPv4, one segment, 64 at a time, 2 cores of an AMD EPYC, Linux 6.18, a
-machine with neighbours: figures of one run differ by a tenth from those of the next). Two measurements; perf itself
-takes some of the second:
+**Where the time goes** (us of CPU a connection, IPv4, one segment, 48 at a time, 2 cores of an AMD EPYC, Linux 6.18;
+figures of one run differ by a tenth from those of the next):
 
-    everybody (/proc)       late 180 = client and server 93 + workers in the kernel 45 + in Python 41
-                            DNAT 94, HAProxy 178 (itself 101, of which 87 in the kernel), nginx 184
+    everybody (/proc)       late 149 = client and server 83 + workers in the kernel 42 + in Python 24
+                            DNAT 90, HAProxy 166 (itself 91, of which 79 in the kernel), nginx 166
     workers (perf, by call  Python 50, verdict 30 (the cookie, the kernel's own connection to the daemon), copy 23 (the
-    chain: 110 in all)      payload delivered, the daemon woken), recv 2, poll 1, switches and interrupts 4;
-                            within these: nft rules 11, conntrack 4, routing again after translation 5
+    chain: 110 in all; on   payload delivered, the daemon woken), recv 2, poll 1, switches and interrupts 4;
+    a busy machine)         within these: nft rules 11, conntrack 4, routing again after translation 5
 
-Deciding alone takes 19 us in a loop, of which reading the hello 8. Among the kernel's work it takes 130 us for the
-first packet of a batch, 26 for the fifth and 21 for the fifteenth (medians): the rest of Python's share is cold caches.
+Deciding alone takes 14 us in a loop. Among the kernel's work it takes five times as much for the first packet of a
+batch as for the fifteenth: the rest of Python's share is cold caches.
 
 So the aims of 0.8 x DNAT and 1.5 x HAProxy are not reached, and no faster worker alone would reach them here: if Python
-took no time at all (`..._at_best`), 0.66 and 1.26 would remain. A late connection is opened twice, by the client and to
-the daemon, and its payload arrives twice; DNAT opens one. Two segments cost a worker 3.6 times as much in Python and
-2.6 times in the kernel as one.
+took no time at all (`..._at_best`), 0.69 and 1.30 would remain. A late connection is opened twice, by the client and to
+the daemon, and its payload arrives twice; DNAT opens one.
+
+A hello of two segments with the name in the first (`browser`) takes 48 us more: the second comes to the worker as well,
+if it comes before the verdict, and is sent on. With the name in the second (`shuffled`) it takes 126 us more: the first
+is held, and both are made anew.
 """
 
 from __future__ import annotations
