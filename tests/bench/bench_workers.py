@@ -31,6 +31,7 @@ from steerd.model import Extension
 from steerd.wire import portext
 from tests.bench import byname, report
 from tests.bench.bench_decisions import BY_ROUTES, Server
+from tests.bench.bench_early import NO_OPERATIONS
 from tests.bench.bench_idle import REQUEST, REQUEST_AT
 from tests.bench.lab import ALIAS_PORT, ENDPOINT_PORT, FIRST_TRANSLATED_PORT, Gateway, Lab, Round, Run, Way
 from tests.bench.peers import Choice
@@ -76,7 +77,8 @@ def _way(kind: Kind, gateway: Gateway, size: int) -> Way:
         option = {}
     else:
         none, numbers = Extension(0, 0), portext.Numbers()
-        text = portext.encode_ipv4(none, numbers)
+        # Padding in front, so that the kernel does not steer by itself what was decided before (steerd.core.offload).
+        text = NO_OPERATIONS + portext.encode_ipv4(none, numbers)
         request = {}
         option = {"option": text, "option_at": text.index(numbers.exid.to_bytes(2, "big")) + 2}
     if not kind.workers:
